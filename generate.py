@@ -1,0 +1,499 @@
+"""The program: load a converted checkpoint, prefill, decode, print.
+
+Knows sampling, the decode loop, what the caches hold, and the command line. Does not know model families: a request
+becomes token ids (tokenizer), ids and pictures become a Prompt (vision), a Prompt becomes text here.
+"""
+
+import argparse
+import contextlib
+import json
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from model import ModelArgs, Prompt, Transformer
+from tokenizer import StreamDecoder, Tokenizer
+from vision import build_encoder, build_prompt, load_image
+
+ROOT = Path(__file__).resolve().parent
+DEFAULT_CHECKPOINT = ROOT / "checkpoints/tiny-qwen2.5-vl/model.pth"
+DEFAULT_IMAGE = ROOT / "checkpoints/scenes/shapes-1.png"
+DEFAULT_PROMPT = "Describe the image."
+CACHE_BUCKET = 512  # slots: cache sizes are multiples of it, so that similar prompts share a compiled step
+TOKENS_PER_READ = 8  # an accelerator runs this many steps ahead before the host looks for a stop token
+
+
+@dataclass
+class Sampling:
+    temperature: float = 0.0  # 0: the most likely token
+    top_k: int | None = None
+
+
+@dataclass
+class Engine:
+    """A loaded model, and what its caches hold at the moment."""
+
+    model: Transformer
+    encoder: nn.Module | None
+    step: Callable[[Tensor, Tensor], Tensor]  # model.forward, compiled or not
+    max_cache_size: int | None = None  # slots; None: as many as the prompts turn out to need
+    held: list[int] = field(default_factory=list)  # the keys (Prompt.key) of the cached tokens, slot by slot
+    encoded: dict = field(default_factory=dict)  # images whose rows are kept for the next prompt
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.norm.weight.device
+
+    def prompt(self, tokens: list[int], images: list[Image.Image]) -> Prompt:
+        return build_prompt(tokens, images, self.encoder, self.model.args.image_token_id, self.device, self.encoded)
+
+    def reserve(self, n_prompt: int, max_new_tokens: int) -> int:
+        """Make room in the caches; return how many of max_new_tokens fit. Raises ValueError if the prompt does not."""
+        context = self.model.args.max_seq_len
+        limit = min(self.max_cache_size or context, context)
+        if n_prompt > limit:
+            what = "context" if limit == context else "cache (--max_cache_size)"
+            raise ValueError(f"the prompt has {n_prompt} tokens, the {what} holds {limit}")
+        n_new = min(max_new_tokens, limit - n_prompt + 1)  # the last token is never put into the cache
+        if n_prompt + n_new - 1 > self.model.n_slots:
+            bucket = -(-(n_prompt + n_new - 1) // CACHE_BUCKET) * CACHE_BUCKET
+            # Doubled, so that a growing conversation seldom has to be prefilled again.
+            self.model.setup_caches(self.max_cache_size or max(bucket, 2 * self.model.n_slots))
+            self.held = []
+        return n_new
+
+    def forget(self) -> None:
+        """The next prompt starts afresh, as in a new process."""
+        self.held, self.encoded = [], {}
+
+    def prefill(self, prompt: Prompt) -> Tensor:
+        """Logits [1, V] after the prompt. Of a conversation only what the cache does not hold yet is computed."""
+        n = common_prefix(self.held, prompt.key[:-1])
+        # Rows of an image leave more behind than their slots (rotary offset): past them, begin anew.
+        text_only = min(self.held[n:] + prompt.key[n:]) >= 0
+        self.held = []
+        if n and text_only:
+            input_pos = torch.arange(n, len(prompt), device=self.device)
+            logits = self.model(prompt.tokens[n:], input_pos)[-1:]
+        else:
+            logits = self.model.prefill(prompt)
+        self.held = list(prompt.key)
+        return logits
+
+
+def common_prefix(a: list[int], b: list[int]) -> int:
+    return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
+
+
+def sample(logits: Tensor, n_tokens: int, sampling: Sampling) -> Tensor:
+    """[1] a token drawn from logits [V], padding rows of the vocabulary excluded."""
+    logits = logits[:n_tokens].float()
+    if sampling.temperature == 0:
+        return logits.argmax(keepdim=True)
+    if sampling.top_k is not None:
+        least = logits.topk(min(sampling.top_k, n_tokens)).values[-1]
+        logits = logits.masked_fill(logits < least, float("-inf"))
+    # argmax(p / Exponential(1)) is a draw from p that needs no synchronization with the host, unlike multinomial.
+    weights = (logits / sampling.temperature).softmax(dim=-1)
+    return (weights / torch.empty_like(weights).exponential_(1)).argmax(keepdim=True)
+
+
+def decode(engine: Engine, token: Tensor, input_pos: int, n: int, sampling: Sampling) -> Tensor:
+    """[n] the tokens after `token` [1], which goes into slot input_pos."""
+    tokens, slot = [], torch.tensor([input_pos], device=engine.device)
+    for _ in range(n):
+        logits = engine.step(token, slot)
+        token = sample(logits[-1], engine.model.args.n_tokens, sampling)
+        tokens.append(token)
+        slot = slot + 1
+    return torch.cat(tokens)
+
+
+def cut_at_stop(tokens: list[int], stop_ids) -> list[int]:
+    """Tokens up to and with the first stop token."""
+    return next((tokens[: i + 1] for i, token in enumerate(tokens) if token in stop_ids), tokens)
+
+
+@torch.inference_mode()
+def generate(
+    engine: Engine,
+    tokens: list[int],
+    images: list[Image.Image],
+    max_new_tokens: int,
+    stop_ids=frozenset(),
+    sampling: Sampling | None = None,
+    on_tokens: Callable[[list[int]], None] = lambda tokens: None,
+) -> dict:
+    """Answer a prompt: ids with one image token an image. The result's names are those of --json.
+
+    on_tokens gets new ids as soon as they are known. The stop token that ends an answer is among the ids.
+    Raises ValueError for a prompt that does not fit the model, its context or the cache.
+    """
+    if not tokens:
+        raise ValueError("the prompt is empty")
+    sampling = sampling or Sampling()
+    start = time.perf_counter()
+    prompt = engine.prompt(tokens, images)
+    n_new = engine.reserve(len(prompt), max_new_tokens)
+    token = sample(engine.prefill(prompt)[-1], engine.model.args.n_tokens, sampling)
+    ids = token.tolist()
+    first = time.perf_counter()
+    on_tokens(ids)
+    per_read = 1 if engine.device.type == "cpu" else TOKENS_PER_READ
+    while ids[-1] not in stop_ids and len(ids) < n_new:
+        new = decode(engine, token, len(engine.held), min(per_read, n_new - len(ids)), sampling)
+        token = new[-1:].clone()
+        new = cut_at_stop(new.tolist(), stop_ids)
+        engine.held += [ids[-1], *new[:-1]]
+        ids += new
+        on_tokens(new)
+    seconds = time.perf_counter() - first
+    return {
+        "token_ids": ids,
+        "prompt_token_ids": prompt.tokens.tolist(),
+        "finish_reason": "stop" if ids[-1] in stop_ids else "length",
+        "n_visual_tokens": 0 if prompt.visual is None else len(prompt.visual),
+        "time_to_first_token_s": first - start,
+        "tokens_per_s": (len(ids) - 1) / seconds if len(ids) > 1 else 0.0,
+    }
+
+
+def load(checkpoint_path: Path, device: str, dtype: torch.dtype) -> tuple[Engine, Tokenizer]:
+    """A converted checkpoint and its tokenizer. Raises ValueError or OSError, one line, if it cannot be used."""
+    folder = checkpoint_path.parent
+    for file in (checkpoint_path, folder / "params.json", folder / "tokenizer.model"):
+        if not file.exists():
+            raise ValueError(f"no such file: {file}; make it with scripts/convert_hf_checkpoint.py")
+    try:
+        params = json.loads((folder / "params.json").read_text())
+        args, settings = ModelArgs(**params["model"]), params["tokenizer"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{folder / 'params.json'} is damaged ({error}); convert the checkpoint again") from None
+    with torch.device("meta"):
+        parts = nn.ModuleDict({"decoder": Transformer(args)})
+        if args.vision:
+            parts["vision"] = build_encoder(args.vision)
+    fill(parts, read_weights(checkpoint_path, device, dtype), checkpoint_path)
+    encoder = parts["vision"] if args.vision else None
+    engine = Engine(parts["decoder"], encoder, step=parts["decoder"])
+    return engine, Tokenizer(folder / "tokenizer.model", settings)
+
+
+def read_weights(path: Path, device: str, dtype: torch.dtype) -> dict[str, Tensor]:
+    try:
+        state = torch.load(path, mmap=True, weights_only=True, map_location="cpu")
+        return {name: tensor.to(device, dtype) for name, tensor in state.items()}
+    except torch.OutOfMemoryError:
+        raise ValueError(f"{path} does not fit into the memory of {device}") from None
+    except Exception as error:  # the unpickler and the zip reader share no class of errors
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"cannot read {path} ({reason}); convert the checkpoint again") from None
+
+
+def fill(parts: nn.ModuleDict, weights: dict[str, Tensor], path: Path) -> None:
+    """Put the weights into modules that were built without memory."""
+    state = {name if name.startswith("vision.") else f"decoder.{name}": t for name, t in weights.items()}
+    if parts["decoder"].args.tie_embeddings:
+        state.setdefault("decoder.output.weight", state.get("decoder.embedding.weight"))
+    try:
+        parts.load_state_dict(state, strict=True, assign=True)
+    except (RuntimeError, AttributeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{path} is not what its params.json says ({reason}); convert the checkpoint again") from None
+    parts.requires_grad_(False).eval()
+
+
+def compile_step(engine: Engine) -> None:
+    """One graph per shape of the decode step; on GPUs replayed as a CUDA graph."""
+    mode = "default" if engine.device.type == "cpu" else "reduce-overhead"
+    compiled = torch.compile(engine.model, mode=mode, fullgraph=True, dynamic=False)
+    # A CUDA graph writes the next step's output over this one's.
+    engine.step = lambda tokens, input_pos: compiled(tokens, input_pos).clone()
+
+
+def compile_prefill(engine: Engine) -> None:
+    """Lengths and image sizes are dynamic: one graph serves all of them."""
+    engine.model.run_layers = torch.compile(engine.model.run_layers, dynamic=True)
+    if engine.encoder:
+        for block in engine.encoder.blocks:
+            block.compile(dynamic=True)
+
+
+def weight_bytes(model: nn.Module) -> int:
+    """Bytes of weights that a step reads: all but the embedding table, of which it reads a row."""
+    return sum(p.numel() * p.element_size() for name, p in model.named_parameters() if name != "embedding.weight")
+
+
+REQUEST_FIELDS = {"messages", "prompt", "images", "raw", "system", "max_new_tokens", "date_string"}
+
+
+def read_request(request: dict, tokenizer: Tokenizer, n_tokens: int) -> tuple[list[int], list[Image.Image]]:
+    """Token ids and pictures of a request as --requests has them. Raises ValueError for what is wrong with it."""
+    if not isinstance(request, dict) or ("messages" in request) == ("prompt" in request):
+        raise ValueError("a request is an object that holds either messages or a prompt")
+    if unknown := sorted(set(request) - REQUEST_FIELDS):
+        raise ValueError(f"unknown in a request: {', '.join(unknown)}; known are {', '.join(sorted(REQUEST_FIELDS))}")
+    if "messages" in request:
+        messages = request["messages"]
+        return tokenizer.encode_chat(messages, request.get("date_string")), find_images(messages)
+    prompt = request["prompt"]
+    images = [{"type": "image", "path": path} for path in request.get("images", [])]
+    if isinstance(prompt, int):
+        filler = torch.randint(n_tokens, (prompt,), generator=torch.Generator().manual_seed(0)).tolist()
+        return tokenizer.encode_raw(images) + filler, find_images([{"content": images}])
+    if not prompt.strip():
+        raise ValueError("the prompt is empty")
+    content = place_images(prompt, images, tokenizer.image_id is not None)
+    if request.get("raw"):
+        return tokenizer.encode_raw(content), find_images([{"content": content}])
+    messages = [{"role": "user", "content": content}]
+    if request.get("system"):
+        messages.insert(0, {"role": "system", "content": request["system"]})
+    return tokenizer.encode_chat(messages, request.get("date_string")), find_images(messages)
+
+
+def place_images(prompt: str, images: list[dict], takes_images: bool) -> list[dict]:
+    """A message: images stand where the prompt says <image>, else in front of it. Raises ValueError for other numbers."""
+    texts = prompt.split("<image>")
+    if len(texts) == 1 or not takes_images:
+        return [*images, {"type": "text", "text": prompt}]
+    if len(texts) - 1 != len(images):
+        raise ValueError(f"the prompt has {len(texts) - 1} <image> placeholders, and {len(images)} images were given")
+    parts = [{"type": "text", "text": text} for text in texts]
+    return [parts[0], *(part for pair in zip(images, parts[1:]) for part in pair)]
+
+
+def find_images(messages: list[dict]) -> list[Image.Image]:
+    """The pictures of the messages' image parts, in order; each is read once, and stays in its part."""
+    images = []
+    for message in messages:
+        for part in message["content"] if isinstance(message["content"], list) else []:
+            if part["type"] == "image":
+                if "image" not in part:
+                    part["image"] = load_image(part.get("path"))
+                images.append(part["image"])
+    return images
+
+
+def answer(engine: Engine, tokenizer: Tokenizer, request: dict, args, show: Callable[[str], None]) -> dict:
+    """Answer one request; show() gets the text as it comes. Nothing of an earlier request is used."""
+    tokens, images = read_request(request, tokenizer, engine.model.args.n_tokens)
+    engine.forget()
+    stop_ids = frozenset() if isinstance(request.get("prompt"), int) else tokenizer.stop_ids
+    max_new_tokens = positive_int(request.get("max_new_tokens", args.max_new_tokens))
+    decoder, pieces = StreamDecoder(tokenizer), []
+
+    def push(ids: list[int]) -> None:
+        pieces.append(decoder.push(ids))
+        show(pieces[-1])
+
+    sampling = Sampling(args.temperature, args.top_k)
+    result = generate(engine, tokens, images, max_new_tokens, stop_ids, sampling, push)
+    pieces.append(decoder.flush())
+    show(pieces[-1])
+    return {"text": "".join(pieces), **result}
+
+
+def report(result: dict, engine: Engine) -> None:
+    gigabytes = weight_bytes(engine.model) * result["tokens_per_s"] / 1e9
+    log(
+        f"prompt {len(result['prompt_token_ids'])} tokens ({result['n_visual_tokens']} visual), "
+        f"time to first token {result['time_to_first_token_s']:.3f} s, {len(result['token_ids'])} new tokens "
+        f"({result['finish_reason']}), {result['tokens_per_s']:.1f} tokens/s, {gigabytes:.1f} GB/s"
+    )
+
+
+def log(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def write(text: str) -> None:
+    print(text, end="", flush=True)
+
+
+def run_samples(engine: Engine, tokenizer: Tokenizer, request: dict, args) -> None:
+    """The text of each sample to stdout, or one JSON line a sample."""
+    for i in range(args.num_samples):
+        torch.manual_seed(args.seed + i)
+        if i and not args.json:
+            write("\n")
+        result = answer(engine, tokenizer, request, args, (lambda text: None) if args.json else write)
+        write(json.dumps(result) + "\n" if args.json else "\n")
+        report(result, engine)
+
+
+def run_requests(engine: Engine, tokenizer: Tokenizer, args) -> int:
+    """Answer the lines of a file in turn. A request that fails gives an error line; 2 if there was one."""
+    status = 0
+    for line in args.requests.read_text().splitlines():
+        if not line.strip():
+            continue
+        try:
+            run_samples(engine, tokenizer, json.loads(line), args)
+        except (ValueError, OSError) as error:
+            write(json.dumps({"error": one_line(error)}) + "\n")
+            status = 2
+    return status
+
+
+def chat(engine: Engine, tokenizer: Tokenizer, args) -> None:
+    """A conversation on stdin and stdout; the caches keep what was said."""
+    log("/image PATH adds an image to the next message, /reset forgets, /quit leaves, Ctrl-C stops an answer")
+    system = [{"role": "system", "content": args.system}] if args.system else []
+    messages, images = list(system), [{"type": "image", "path": path} for path in args.image]
+    torch.manual_seed(args.seed)
+    while (line := args.prompt or read_line()) is not None:
+        args.prompt = None
+        command, _, rest = line.strip().partition(" ")
+        try:
+            if command == "/quit":
+                break
+            elif command == "/reset":
+                messages, images = list(system), []
+                engine.forget()
+            elif command == "/image":
+                images.append({"type": "image", "image": load_image(rest.strip())})
+            elif command:
+                content = place_images(line.rstrip("\n"), images, tokenizer.image_id is not None)
+                turn = reply(engine, tokenizer, [*messages, {"role": "user", "content": content}], args)
+                messages, images = turn, []
+        except (ValueError, OSError) as error:
+            log(one_line(error))
+
+
+def read_line() -> str | None:
+    """None at the end of the input."""
+    while True:
+        print("> ", end="", file=sys.stderr, flush=True)
+        try:
+            return sys.stdin.readline() or None
+        except KeyboardInterrupt:
+            log(" (/quit leaves)")
+
+
+def reply(engine: Engine, tokenizer: Tokenizer, messages: list[dict], args) -> list[dict]:
+    """The conversation with the model's reply, of which Ctrl-C leaves what was said so far."""
+    decoder, ids = StreamDecoder(tokenizer), []
+
+    def push(new: list[int]) -> None:
+        ids.extend(new)
+        write(decoder.push(new))
+
+    sampling = Sampling(args.temperature, args.top_k)
+    tokens, images = tokenizer.encode_chat(messages), find_images(messages)
+    try:
+        report(generate(engine, tokens, images, args.max_new_tokens, tokenizer.stop_ids, sampling, push), engine)
+    except KeyboardInterrupt:
+        log(" (stopped)")
+    write(decoder.flush() + "\n")
+    said = [token for token in ids if token not in tokenizer.stop_ids]
+    return [*messages, {"role": "assistant", "content": [{"type": "tokens", "ids": said}]}]
+
+
+def positive_int(value) -> int:
+    if int(value) < 1:
+        raise ValueError(f"{value} is not a positive number")
+    return int(value)
+
+
+def temperature(value: str) -> float:
+    if not 0 <= float(value) < float("inf"):
+        raise ValueError
+    return float(value)
+
+
+def one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise ValueError(f"{message} (--help lists the flags)")
+
+
+def add_model_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags that generate.py and evaluate.py share."""
+    parser.add_argument("--checkpoint_path", type=Path, default=DEFAULT_CHECKPOINT, help="a converted model.pth")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", choices=["bfloat16", "float32", "float16"], default="bfloat16")
+    parser.add_argument("--compile", action="store_true", help="compile the decode step")
+    parser.add_argument("--compile_prefill", action="store_true", help="compile the encoder and prefill too")
+    parser.add_argument("--max_cache_size", type=positive_int, help="tokens; default: as many as needed")
+    parser.add_argument("--max_new_tokens", type=positive_int, default=200)
+    parser.add_argument("--temperature", type=temperature, default=0.0, help="0: always the most likely token")
+    parser.add_argument("--top_k", type=positive_int, help="sample among the k most likely tokens only")
+    parser.add_argument("--seed", type=int, default=1234)
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = Parser(prog="generate.py", description="Very low latency generation from text and images.")
+    add_model_flags(parser)
+    parser.add_argument("--prompt", help="text; a number N: a made-up prompt of N tokens")
+    parser.add_argument("--image", action="append", default=[], help="a picture; repeatable; see <image> in the README")
+    parser.add_argument("--system", help="the system prompt")
+    parser.add_argument("--raw", action="store_true", help="the prompt goes in verbatim, without a chat template")
+    parser.add_argument("--interactive", action="store_true", help="a chat with memory")
+    parser.add_argument("--num_samples", type=positive_int, default=1)
+    parser.add_argument("--json", action="store_true", help="one JSON line a sample instead of text")
+    parser.add_argument("--requests", type=Path, help="a file of requests, one JSON object a line; implies --json")
+    parser.add_argument("--profile", type=Path, help="write a Chrome trace of the run to this file")
+    args = parser.parse_args(argv)
+    args.json |= args.requests is not None
+    if args.prompt is None and not args.interactive and args.requests is None:
+        if args.checkpoint_path != DEFAULT_CHECKPOINT and not args.image:
+            raise ValueError("nothing to do: give --prompt, --image, --requests or --interactive")
+        args.image, args.prompt = args.image or [str(DEFAULT_IMAGE)], DEFAULT_PROMPT
+    return args
+
+
+def check_device(device: str) -> None:
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {device} cannot be used: {one_line(error)[:200]}") from None
+
+
+def run(args: argparse.Namespace) -> int:
+    check_device(args.device)
+    start = time.perf_counter()
+    engine, tokenizer = load(args.checkpoint_path, args.device, getattr(torch, args.dtype))
+    engine.max_cache_size = args.max_cache_size
+    log(f"loaded {args.checkpoint_path} in {time.perf_counter() - start:.2f} s")
+    if args.compile:
+        compile_step(engine)
+    if args.compile_prefill:
+        compile_prefill(engine)
+    profiler = torch.profiler.profile() if args.profile else contextlib.nullcontext()
+    with profiler:
+        if args.interactive:
+            status = chat(engine, tokenizer, args) or 0
+        elif args.requests:
+            status = run_requests(engine, tokenizer, args)
+        else:
+            prompt = int(args.prompt) if args.prompt.isdecimal() else args.prompt
+            request = {"prompt": prompt, "images": args.image, "raw": args.raw, "system": args.system}
+            status = run_samples(engine, tokenizer, request, args) or 0
+    if args.profile:
+        profiler.export_chrome_trace(str(args.profile))
+    return status
+
+
+def main(argv: list[str] | None = None) -> int:
+    """0, or 2 for a mistake of the user's: one line on stderr says what is wrong."""
+    try:
+        return run(parse_args(argv))
+    except (ValueError, OSError) as error:
+        log(f"generate.py: {one_line(error)}")
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,192 @@
+"""The decoder: layers, key/value caches, rotary positions, and the Prompt that prefill consumes.
+
+Knows tokens, positions and rows of an encoder. Does not know images, files, tokenizers or sampling.
+
+Shapes: S tokens of this call, T cache slots, D model width, H query heads, G key/value heads, d head width,
+V vocabulary rows, N visual rows. There is no batch dimension.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclass
+class ModelArgs:
+    """The shape of a decoder, as params.json holds it. `vision` is handed to the encoder and not read here."""
+
+    dim: int
+    n_layer: int
+    n_head: int
+    n_kv_head: int
+    head_dim: int
+    intermediate_size: int
+    vocab_size: int  # rows of the embedding, padding rows included
+    n_tokens: int  # rows that the tokenizer can name: those after them are padding and are never sampled
+    max_seq_len: int = 4096  # the context that the model was trained for, in tokens
+    norm_eps: float = 1e-5
+    rope_base: float = 10000.0
+    rope_scaling: dict | None = None  # Llama 3.1's numbers, under the hub's names
+    mrope_section: tuple[int, int, int] | None = None  # frequencies that follow (time, height, width)
+    qkv_bias: bool = False
+    tie_embeddings: bool = False  # the output layer is the embedding table
+    image_token_id: int | None = None
+    vision: dict | None = None
+
+
+@dataclass
+class Prompt:
+    """What prefill consumes: text, or text with images already encoded and placed.
+
+    key tells whether a cache already holds a token: equal keys stand for equal cache contents. It is the token's id,
+    or a negative number made of the image's content and the row's index.
+    """
+
+    tokens: Tensor  # [S] ids; the image token stands where a visual row goes
+    rope_pos: Tensor  # [S, 3] (time, height, width); three equal columns for text
+    key: list[int]  # S of them
+    visual: Tensor | None = None  # [N, D] rows from the encoder, in image order
+    image_mask: Tensor | None = None  # [S] bool: which tokens the rows replace, N of them
+
+    def __len__(self) -> int:
+        return len(self.key)
+
+
+class Step(NamedTuple):
+    """What every layer needs to know of one forward call."""
+
+    cos: Tensor  # [S, d] float32
+    sin: Tensor  # [S, d] float32
+    input_pos: Tensor  # [S] the cache slot of each token
+    mask: Tensor | None  # [S, T] which slots a token sees; None: the cache is empty, attend causally over these tokens
+
+
+def inverse_frequencies(args: ModelArgs, device) -> Tensor:
+    """[d/2] float32 radians per position (RoFormer, arXiv 2104.09864), stretched as Llama 3.1 does if asked.
+
+    Llama 3.1's rule (its model card's code): wavelengths beyond original/low_freq_factor are multiplied by factor,
+    those below original/high_freq_factor stay, between them the two are blended linearly.
+    """
+    exponent = torch.arange(0, args.head_dim, 2, dtype=torch.float32, device=device) / args.head_dim
+    inv_freq = 1.0 / (args.rope_base**exponent)
+    if (scaling := args.rope_scaling) is None:
+        return inv_freq
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    wavelengths_in_context = scaling["original_max_position_embeddings"] * inv_freq / (2 * math.pi)
+    keep = ((wavelengths_in_context - low) / (high - low)).clamp(0, 1)
+    return inv_freq * (keep + (1 - keep) / scaling["factor"])
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x [..., S, d] turned by the angles of [S, d], halves paired as the hub stores weights."""
+    first, second = x.float().chunk(2, dim=-1)
+    turned = torch.cat((-second, first), dim=-1)
+    return (x.float() * cos + turned * sin).type_as(x)
+
+
+class Attention(nn.Module):
+    def __init__(self, args: ModelArgs):
+        super().__init__()
+        self.n_head, self.n_kv_head, self.head_dim = args.n_head, args.n_kv_head, args.head_dim
+        self.wqkv = nn.Linear(args.dim, (args.n_head + 2 * args.n_kv_head) * args.head_dim, bias=args.qkv_bias)
+        self.wo = nn.Linear(args.n_head * args.head_dim, args.dim, bias=False)
+
+    def setup_cache(self, n_slots: int, device, dtype) -> None:
+        for name in ("k_cache", "v_cache"):  # [G, T, d]
+            cache = torch.zeros(self.n_kv_head, n_slots, self.head_dim, device=device, dtype=dtype)
+            self.register_buffer(name, cache, persistent=False)
+
+    def forward(self, x: Tensor, step: Step) -> Tensor:
+        heads = self.wqkv(x).unflatten(-1, (-1, self.head_dim)).transpose(0, 1)  # [H + 2G, S, d]
+        q, k, v = heads.split((self.n_head, self.n_kv_head, self.n_kv_head))
+        q, k = rotate(q, step.cos, step.sin), rotate(k, step.cos, step.sin)
+        self.k_cache[:, step.input_pos] = k
+        self.v_cache[:, step.input_pos] = v
+        if step.mask is not None:
+            k, v = self.k_cache, self.v_cache
+        # A group of query heads shares one key/value head: a broadcast view, nothing is repeated in memory.
+        q = q.unflatten(0, (self.n_kv_head, -1))  # [G, H/G, S, d]
+        k, v = (t[:, None].expand(-1, q.shape[1], -1, -1) for t in (k, v))
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=step.mask, is_causal=step.mask is None)
+        return self.wo(y.flatten(0, 1).transpose(0, 1).flatten(1))
+
+
+class FeedForward(nn.Module):
+    def __init__(self, args: ModelArgs):
+        super().__init__()
+        self.w13 = nn.Linear(args.dim, 2 * args.intermediate_size, bias=False)  # gate and up in one product
+        self.w2 = nn.Linear(args.intermediate_size, args.dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.w13(x).chunk(2, dim=-1)
+        return self.w2(F.silu(gate) * up)
+
+
+class Block(nn.Module):
+    def __init__(self, args: ModelArgs):
+        super().__init__()
+        self.attention_norm = nn.RMSNorm(args.dim, args.norm_eps)
+        self.attention = Attention(args)
+        self.ffn_norm = nn.RMSNorm(args.dim, args.norm_eps)
+        self.feed_forward = FeedForward(args)
+
+    def forward(self, x: Tensor, step: Step) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), step)
+        return x + self.feed_forward(self.ffn_norm(x))
+
+
+class Transformer(nn.Module):
+    """Call setup_caches once, prefill for each prompt, then forward for whatever follows."""
+
+    def __init__(self, args: ModelArgs):
+        super().__init__()
+        self.args = args
+        self.embedding = nn.Embedding(args.vocab_size, args.dim)
+        self.layers = nn.ModuleList(Block(args) for _ in range(args.n_layer))
+        self.norm = nn.RMSNorm(args.dim, args.norm_eps)
+        self.output = nn.Linear(args.dim, args.vocab_size, bias=False)
+        self.n_slots = 0
+
+    def setup_caches(self, n_slots: int) -> None:
+        """Room for n_slots tokens. What the caches held is lost."""
+        device, dtype = self.norm.weight.device, self.norm.weight.dtype
+        for layer in self.layers:
+            layer.attention.setup_cache(n_slots, device, dtype)
+        section = torch.tensor(self.args.mrope_section or (self.args.head_dim // 2, 0, 0))
+        axis = torch.arange(3).repeat_interleave(section).to(device)
+        self.register_buffer("rope_axis", axis, persistent=False)  # [d/2] the column that a frequency follows
+        self.register_buffer("inv_freq", inverse_frequencies(self.args, device), persistent=False)
+        # Rotary position minus cache slot after the prompt: an image takes fewer positions than tokens.
+        self.register_buffer("rope_delta", torch.zeros((), dtype=torch.long, device=device), persistent=False)
+        self.register_buffer("slots", torch.arange(n_slots, device=device), persistent=False)
+        self.n_slots = n_slots
+
+    def angles(self, rope_pos: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin [S, d] of the rotary positions [S, 3]."""
+        angles = rope_pos[:, self.rope_axis].float() * self.inv_freq  # [S, d/2]
+        angles = torch.cat((angles, angles), dim=-1)
+        return angles.cos(), angles.sin()
+
+    def forward(self, tokens: Tensor, input_pos: Tensor) -> Tensor:
+        """Logits [S, V] of tokens [S] that go into the slots input_pos [S]; each sees the slots up to its own."""
+        rope_pos = (input_pos + self.rope_delta)[:, None].expand(-1, 3)
+        step = Step(*self.angles(rope_pos), input_pos, self.slots <= input_pos[:, None])
+        return self.run_layers(self.embedding(tokens), step)
+
+    def prefill(self, prompt: Prompt) -> Tensor:
+        """Logits [1, V] of the prompt's last token; the caches hold this prompt and nothing else."""
+        x = self.embedding(prompt.tokens)
+        if prompt.visual is not None:
+            x = x.masked_scatter(prompt.image_mask[:, None], prompt.visual.to(x.dtype))
+        self.rope_delta.copy_(prompt.rope_pos.max() + 1 - len(prompt))
+        step = Step(*self.angles(prompt.rope_pos), self.slots[: len(prompt)], mask=None)
+        return self.run_layers(x, step, last_only=True)
+
+    def run_layers(self, x: Tensor, step: Step, last_only: bool = False) -> Tensor:
+        for layer in self.layers:
+            x = layer(x, step)
+        return self.output(self.norm(x[-1:] if last_only else x))

@@ -1,0 +1,308 @@
+"""A hub folder -> model.pth, params.json and tokenizer.model, the only files that generate.py reads.
+
+Knows the hub's configurations and the names of its tensors, one function a family. Does not know what the tensors
+compute. Tensors are copied one by one into a file that is renamed when it is complete, so that memory stays near the
+size of the checkpoint at most and an interrupted conversion leaves no model.pth.
+
+    python scripts/convert_hf_checkpoint.py --checkpoint_dir checkpoints/Qwen/Qwen2.5-VL-3B-Instruct
+"""
+
+import argparse
+import json
+import mmap
+import os
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from model import ModelArgs, Transformer
+from scripts.hf_tokenizer import convert_tokenizer, read_json
+from vision import build_encoder
+
+
+@dataclass
+class Source:
+    """Where a tensor of model.pth comes from: hub tensors, stacked along the rows, then changed."""
+
+    keys: list[str]
+    change: Callable[[Tensor], Tensor] = lambda tensor: tensor
+    dtype: torch.dtype | None = None  # None: as in the hub's file
+
+
+Plan = dict[str, Source]  # name in model.pth -> where it comes from
+
+
+def decoder_args(config: dict, **more) -> ModelArgs:
+    """ModelArgs of a Llama- or Qwen2-style config.json. Raises ValueError for what the decoder does not compute."""
+    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    rope_type = rope.get("rope_type", rope.get("type", "default"))
+    if rope_type not in ("default", "mrope", "llama3"):
+        raise ValueError(f"config.json: rope scaling '{rope_type}' is not supported (only llama3 and mrope are)")
+    for name, wanted in {"hidden_act": "silu", "use_sliding_window": False, "mlp_bias": False}.items():
+        if config.get(name, wanted) != wanted:
+            raise ValueError(f"config.json: {name} = {config[name]} is not supported, only {wanted} is")
+    heads = config["num_attention_heads"]
+    numbers = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+    return ModelArgs(
+        dim=config["hidden_size"],
+        n_layer=config["num_hidden_layers"],
+        n_head=heads,
+        n_kv_head=config.get("num_key_value_heads") or heads,
+        head_dim=config.get("head_dim") or config["hidden_size"] // heads,
+        intermediate_size=config["intermediate_size"],
+        vocab_size=config["vocab_size"],
+        n_tokens=config["vocab_size"],
+        max_seq_len=config["max_position_embeddings"],
+        norm_eps=config["rms_norm_eps"],
+        rope_base=float(config.get("rope_theta") or rope.get("rope_theta", 10000.0)),
+        rope_scaling={name: rope[name] for name in numbers} if rope_type == "llama3" else None,
+        mrope_section=tuple(rope["mrope_section"]) if "mrope_section" in rope else None,
+        tie_embeddings=config.get("tie_word_embeddings", False),
+        **more,
+    )
+
+
+def decoder_plan(args: ModelArgs, body: str = "model.", head: str = "lm_head.weight") -> Plan:
+    plan = {"embedding.weight": Source([body + "embed_tokens.weight"]), "norm.weight": Source([body + "norm.weight"])}
+    if not args.tie_embeddings:
+        plan["output.weight"] = Source([head])
+    for i in range(args.n_layer):
+        hub, ours = f"{body}layers.{i}.", f"layers.{i}."
+        for kind in ("weight", "bias") if args.qkv_bias else ("weight",):
+            plan[f"{ours}attention.wqkv.{kind}"] = Source([f"{hub}self_attn.{x}_proj.{kind}" for x in "qkv"])
+        plan[f"{ours}attention.wo.weight"] = Source([hub + "self_attn.o_proj.weight"])
+        plan[f"{ours}feed_forward.w13.weight"] = Source([hub + "mlp.gate_proj.weight", hub + "mlp.up_proj.weight"])
+        plan[f"{ours}feed_forward.w2.weight"] = Source([hub + "mlp.down_proj.weight"])
+        plan[f"{ours}attention_norm.weight"] = Source([hub + "input_layernorm.weight"])
+        plan[f"{ours}ffn_norm.weight"] = Source([hub + "post_attention_layernorm.weight"])
+    return plan
+
+
+def llama(config: dict, hub_dir: Path) -> tuple[ModelArgs, Plan]:
+    if config.get("attention_bias"):
+        raise ValueError("config.json: attention_bias = true is not supported for LlamaForCausalLM")
+    args = decoder_args(config)
+    return args, decoder_plan(args)
+
+
+def qwen2(config: dict, hub_dir: Path) -> tuple[ModelArgs, Plan]:
+    args = decoder_args(config, qkv_bias=True)
+    return args, decoder_plan(args)
+
+
+def qwen2_5_vl(config: dict, hub_dir: Path) -> tuple[ModelArgs, Plan]:
+    vision, limits = config["vision_config"], read_json(hub_dir / "preprocessor_config.json")
+    size = limits.get("size", {})
+    args = decoder_args(config.get("text_config", config), qkv_bias=True, image_token_id=config["image_token_id"])
+    args.tie_embeddings = config.get("tie_word_embeddings", args.tie_embeddings)
+    args.vision = {
+        "type": "qwen2_5_vl",
+        "dim": vision["hidden_size"],
+        "depth": vision["depth"],
+        "n_head": vision["num_heads"],
+        "hidden": vision["intermediate_size"],
+        "out_dim": vision["out_hidden_size"],
+        "patch": vision["patch_size"],
+        "merge": vision["spatial_merge_size"],
+        "window": vision["window_size"],
+        "full_layers": vision["fullatt_block_indexes"],
+        "min_pixels": limits.get("min_pixels") or size["shortest_edge"],
+        "max_pixels": limits.get("max_pixels") or size["longest_edge"],
+    }
+    plan = decoder_plan(args)
+    # A still picture is two equal frames: the kernel's two time steps act as their sum, which bfloat16 would round.
+    kernel = Source(["visual.patch_embed.proj.weight"], lambda t: t.float().sum(2).flatten(1), torch.float32)
+    plan["vision.patch_embed.weight"] = kernel
+    plan["vision.norm.weight"] = Source(["visual.merger.ln_q.weight"])
+    for kind in ("weight", "bias"):
+        plan[f"vision.merger.0.{kind}"] = Source([f"visual.merger.mlp.0.{kind}"])
+        plan[f"vision.merger.2.{kind}"] = Source([f"visual.merger.mlp.2.{kind}"])
+    for i in range(vision["depth"]):
+        hub, ours = f"visual.blocks.{i}.", f"vision.blocks.{i}."
+        plan[f"{ours}norm1.weight"] = Source([hub + "norm1.weight"])
+        plan[f"{ours}norm2.weight"] = Source([hub + "norm2.weight"])
+        for kind in ("weight", "bias"):
+            plan[f"{ours}wqkv.{kind}"] = Source([f"{hub}attn.qkv.{kind}"])
+            plan[f"{ours}wo.{kind}"] = Source([f"{hub}attn.proj.{kind}"])
+            plan[f"{ours}mlp.w13.{kind}"] = Source([f"{hub}mlp.gate_proj.{kind}", f"{hub}mlp.up_proj.{kind}"])
+            plan[f"{ours}mlp.w2.{kind}"] = Source([f"{hub}mlp.down_proj.{kind}"])
+    return args, plan
+
+
+ARCHITECTURES = {
+    "LlamaForCausalLM": llama,
+    "Qwen2ForCausalLM": qwen2,
+    "Qwen2_5_VLForConditionalGeneration": qwen2_5_vl,
+}
+
+
+def find_tensors(hub_dir: Path) -> dict[str, Path]:
+    """Hub key -> the file that holds it; safetensors if there are any, else pytorch_model.bin."""
+    for name, keys_of in (("model.safetensors", safetensors_keys), ("pytorch_model.bin", bin_keys)):
+        if (index := hub_dir / f"{name}.index.json").exists():
+            files = {key: hub_dir / file for key, file in read_json(index)["weight_map"].items()}
+            if missing := sorted({file.name for file in files.values() if not file.exists()}):
+                raise ValueError(f"{hub_dir} lacks {', '.join(missing)}, named in {index.name}: download it again")
+            present = {key: file for file in set(files.values()) for key in keys_of(file)}
+            if lost := sorted(set(files) - set(present)):
+                raise ValueError(f"{files[lost[0]]} lacks {lost[0]}, which {index.name} promises: download it again")
+            return present
+        if (file := hub_dir / name).exists():
+            return dict.fromkeys(keys_of(file), file)
+    raise ValueError(f"{hub_dir} holds no weights: neither model.safetensors nor pytorch_model.bin, nor their index")
+
+
+def safetensors_keys(file: Path) -> list[str]:
+    with open_safetensors(file) as tensors:
+        return list(tensors.keys())
+
+
+def bin_keys(file: Path) -> list[str]:
+    return list(load_bin(file))
+
+
+def open_safetensors(file: Path):
+    try:
+        return safe_open(file, "pt")
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"cannot read {file}: {error}; download it again") from None
+
+
+def load_bin(file: Path) -> dict[str, Tensor]:
+    """Mapped where the file's format allows it: files older than torch 1.6 have to be read as a whole."""
+    try:
+        return torch.load(file, mmap=True, weights_only=True, map_location="cpu")
+    except RuntimeError as error:
+        if "mmap can only be used" not in str(error):
+            raise ValueError(f"cannot read {file}: {str(error).splitlines()[0]}; download it again") from None
+        return load_old_bin(file)
+    except Exception as error:  # the unpickler's errors have no common class
+        raise ValueError(f"cannot read {file}: {str(error).splitlines()[0]}; download it again") from None
+
+
+@cache
+def load_old_bin(file: Path) -> dict[str, Tensor]:
+    return torch.load(file, weights_only=True, map_location="cpu")
+
+
+def read_tensor(file: Path, key: str) -> Tensor:
+    """Opened for every tensor, so that no more than one of them stays mapped."""
+    if file.suffix == ".bin":
+        return load_bin(file)[key]
+    with open_safetensors(file) as tensors:
+        return tensors.get_tensor(key)
+
+
+def check_keys(plan: Plan, files: dict[str, Path], tied: bool) -> None:
+    """Every key of the hub is used, or known to be unused; every key of the plan is there."""
+    wanted = {key for source in plan.values() for key in source.keys}
+    if missing := sorted(wanted - set(files)):
+        raise ValueError(f"the weights lack {some(missing)}: the download is incomplete or config.json is another's")
+    if unknown := sorted(key for key in set(files) - wanted if not is_unused(key, tied)):
+        raise ValueError(f"the weights hold {some(unknown)}, unknown to this architecture: is config.json another's?")
+
+
+def is_unused(key: str, tied: bool) -> bool:
+    """Rotary buffers of old Llama files are computed anew; a tied output layer repeats the embedding."""
+    return key.endswith("rotary_emb.inv_freq") or (tied and key.endswith("lm_head.weight"))
+
+
+def some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def expected_shapes(args: ModelArgs) -> dict[str, torch.Size]:
+    with torch.device("meta"):
+        shapes = {name: tensor.shape for name, tensor in Transformer(args).state_dict().items()}
+        if args.vision:
+            encoder = build_encoder(args.vision).state_dict()
+            shapes |= {f"vision.{name}": tensor.shape for name, tensor in encoder.items()}
+    if args.tie_embeddings:
+        del shapes["output.weight"]
+    return shapes
+
+
+def build_tensor(name: str, source: Source, files: dict[str, Path], shape: torch.Size) -> Tensor:
+    parts = [read_tensor(files[key], key) for key in source.keys]
+    try:
+        tensor = source.change(torch.cat(parts) if len(parts) > 1 else parts[0])
+    except (RuntimeError, IndexError):
+        tensor = parts[0]  # parts that do not fit together: reported as a wrong shape
+    if tensor.shape != shape:
+        found = ", ".join(f"{key} {list(part.shape)}" for key, part in zip(source.keys, parts, strict=True))
+        raise ValueError(f"{name} should be {list(shape)} by config.json, but the weights hold {found}")
+    return tensor
+
+
+def stored_dtype(source: Source, files: dict[str, Path]) -> torch.dtype:
+    return source.dtype or read_tensor(files[source.keys[0]], source.keys[0]).dtype
+
+
+def write_checkpoint(path: Path, shapes: dict[str, tuple], tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """Write a state dict that is never in memory as a whole: first its outline, then tensor after tensor.
+
+    shapes: name -> (shape, dtype). The file appears under its name when it is complete. Raises OSError (disk full).
+    """
+    part = path.with_name(path.name + ".part")
+    try:
+        outline = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in shapes.items()}  # never touched
+        with torch.serialization.skip_data():
+            torch.save(outline, part)
+        with open(part, "r+b") as file:  # a full disk must be an error here, not a bus error in the mapped file
+            os.posix_fallocate(file.fileno(), 0, part.stat().st_size)
+        with torch.serialization.set_default_mmap_options(mmap.MAP_SHARED):
+            mapped = torch.load(part, mmap=True, weights_only=True)
+        for name, tensor in tensors:
+            mapped[name].copy_(tensor)
+        del mapped
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def convert(hub_dir: Path) -> None:
+    """Raises ValueError or OSError with one line for whatever is wrong with the folder; then nothing new is left."""
+    if not hub_dir.is_dir():
+        raise ValueError(f"no such folder: {hub_dir}; download it first (scripts/download.py)")
+    config = read_json(hub_dir / "config.json")
+    architecture = (config.get("architectures") or ["without a name"])[0]
+    if architecture not in ARCHITECTURES:
+        raise ValueError(f"architecture {architecture} is not supported; these are: {', '.join(ARCHITECTURES)}")
+    if "quantization_config" in config:
+        method = config["quantization_config"].get("quant_method", "of an unknown method")
+        raise ValueError(f"a quantized checkpoint ({method}): convert the original one, then run quantize.py")
+    try:
+        args, plan = ARCHITECTURES[architecture](config, hub_dir)
+    except KeyError as error:
+        raise ValueError(f"{hub_dir / 'config.json'} or preprocessor_config.json lacks {error}") from None
+    files = find_tensors(hub_dir)
+    check_keys(plan, files, args.tie_embeddings)
+    shapes = expected_shapes(args)
+    settings = convert_tokenizer(hub_dir, hub_dir)
+    args.n_tokens = min(args.vocab_size, settings["n_tokens"])
+    params = json.dumps({"model": asdict(args), "tokenizer": settings}, indent=1)
+    tensors = ((name, build_tensor(name, source, files, shapes[name])) for name, source in plan.items())
+    outline = {name: (shapes[name], stored_dtype(source, files)) for name, source in plan.items()}
+    write_checkpoint(hub_dir / "model.pth", outline, tensors)
+    (hub_dir / "params.json").write_text(params)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--checkpoint_dir", type=Path, required=True, help="a downloaded folder, and the results'")
+    try:
+        convert(parser.parse_args().checkpoint_dir)
+    except (ValueError, OSError) as error:
+        print(f"convert_hf_checkpoint.py: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

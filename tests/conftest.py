@@ -1,0 +1,79 @@
+"""Converted tiny checkpoints, made once a session, and pictures of every kind that users have."""
+
+import os
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import pytest
+import torch
+from PIL import Image, ImageDraw
+
+import generate
+from scripts.convert_hf_checkpoint import convert
+from tests import hub
+
+MAKERS = {
+    "qwen2": lambda folder: hub.make_qwen_text(folder, tied=False),
+    "qwen2.5-tied": lambda folder: hub.make_qwen_text(folder, tied=True),
+    "qwen2.5-vl": lambda folder: hub.make_qwen_vl(folder, tied=True),
+    "qwen2.5-vl-untied": lambda folder: hub.make_qwen_vl(folder, tied=False),
+}
+
+
+class Pair:
+    """A checkpoint of ours and the transformers model that it was made of."""
+
+    def __init__(self, folder: Path, reference: torch.nn.Module):
+        self.folder, self.reference = folder, reference
+        self.path = folder / "model.pth"
+        self.engine, self.tokenizer = generate.load(self.path, "cpu", torch.float32)
+        self.model, self.encoder = self.engine.model, self.engine.encoder
+
+
+@pytest.fixture(scope="session")
+def pair(tmp_path_factory):
+    made = {}
+
+    def get(name: str) -> Pair:
+        if name not in made:
+            folder, reference = MAKERS[name](tmp_path_factory.mktemp("hub") / name)
+            convert(folder)
+            made[name] = Pair(folder, reference)
+        made[name].engine.forget()
+        return made[name]
+
+    return get
+
+
+def draw(width: int, height: int, seed: int = 0) -> Image.Image:
+    """A picture with smooth areas, edges and fine detail."""
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randint(0, 256, (height, width, 3), generator=generator, dtype=torch.uint8)
+    image = Image.frombytes("RGB", (width, height), bytes(noise.flatten().tolist()))
+    image = Image.blend(image, Image.linear_gradient("L").resize(image.size).convert("RGB"), 0.7)
+    ImageDraw.Draw(image).ellipse((width * 0.2, height * 0.1, width * 0.7, height * 0.8), fill=(200, 30, 40 + seed))
+    return image
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("pictures")
+    sizes = {"square": (224, 224), "wide": (500, 120), "tall": (90, 420), "small": (30, 30), "large": (1500, 1100)}
+    paths = {}
+    for name, size in sizes.items():
+        paths[name] = folder / f"{name}.png"
+        draw(*size).save(paths[name])
+    base = draw(200, 150)
+    paths["grey"], paths["palette"] = folder / "grey.png", folder / "palette.png"
+    base.convert("L").save(paths["grey"])
+    base.quantize(32).save(paths["palette"])
+    transparent = base.convert("RGBA")
+    transparent.putalpha(Image.linear_gradient("L").resize(base.size))
+    paths["rgba"] = folder / "rgba.png"
+    transparent.save(paths["rgba"])
+    exif = Image.Exif()
+    exif[0x0112] = 6  # orientation: turn by 90 degrees to the right
+    paths["exif"] = folder / "exif.png"
+    base.save(paths["exif"], exif=exif)
+    return paths

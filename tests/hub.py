@@ -1,0 +1,158 @@
+"""Tiny random checkpoints in the hub's layouts, made with transformers, which is also the reference to compare with."""
+
+import json
+from pathlib import Path
+
+import torch
+import transformers
+from safetensors.torch import save_file
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+QWEN_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+QWEN_SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>"]
+DEFAULT_SYSTEM = (
+    "{% if loop.first and message['role'] != 'system' %}<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+    "{% endif %}"
+)
+GENERATION = "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+QWEN_TEMPLATE = (  # as far as text goes, what Qwen2's own says
+    "{% for message in messages %}" + DEFAULT_SYSTEM + "{{'<|im_start|>' + message['role'] + '\n' + message['content']"
+    " + '<|im_end|>' + '\n'}}" + GENERATION
+)
+QWEN_VL_TEMPLATE = (
+    "{% for message in messages %}" + DEFAULT_SYSTEM + "<|im_start|>{{ message['role'] }}\n"
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for content in message['content'] %}"
+    "{% if content['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
+    "{% elif 'text' in content %}{{ content['text'] }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n" + GENERATION
+)
+PADDING = 10  # rows of the vocabulary beyond the tokenizer
+SENTENCE = (
+    "The quick brown fox asks how many circles there are: 12 or 7? Three, says the lazy dog, and it doesn't lie. "
+)
+
+
+def make_tokenizer(specials: list[str]) -> Tokenizer:
+    """A byte-level BPE with Qwen's normalizer and split, special tokens after the vocabulary."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(QWEN_SPLIT), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator([SENTENCE] * 3, trainer)
+    tokenizer.add_special_tokens(specials)
+    return tokenizer
+
+
+def randomize(model: torch.nn.Module, seed: int = 0) -> None:
+    """Weights large enough that greedy text varies; norms and biases that are not trivial."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            noise = torch.randn(p.shape, generator=generator)
+            if "norm" in name or "ln_q" in name or "layernorm" in name:
+                p.copy_(1 + 0.2 * noise)
+            elif p.ndim == 1:
+                p.copy_(0.1 * noise)
+            elif "embed_tokens" in name:
+                p.copy_(0.1 * noise)
+            else:
+                p.copy_(noise * 1.6 / p[0].numel() ** 0.5)
+            if "embed_tokens" in name or "lm_head" in name:
+                p[-PADDING:] = 0  # rows that no tokenizer names: transformers could pick them, we never do
+
+
+def save_hub(folder: Path, state: dict, config: dict, tokenizer: Tokenizer, template: str, stop: list[int]) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({name: t.contiguous() for name, t in state.items()}, folder / "model.safetensors", {"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": stop, "repetition_penalty": 1.05}))
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": template, "add_bos_token": False}))
+    return folder
+
+
+def make_qwen_text(folder: Path, tied: bool, seed: int = 0, dtype: torch.dtype = torch.float32):
+    """Qwen2 / Qwen2.5: the two differ in nothing but numbers."""
+    tokenizer = make_tokenizer(QWEN_SPECIALS)
+    config = {
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": tokenizer.get_vocab_size() + PADDING,
+        "max_position_embeddings": 1024,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": tied,
+        "hidden_act": "silu",
+        "use_sliding_window": False,
+    }
+    model = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**config)).eval()
+    randomize(model, seed)
+    model = model.to(dtype)
+    state = {k: v for k, v in model.state_dict().items() if not (tied and k == "lm_head.weight")}
+    config |= {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"}
+    stop = [tokenizer.token_to_id("<|im_end|>"), tokenizer.token_to_id("<|endoftext|>")]
+    return save_hub(folder, state, config, tokenizer, QWEN_TEMPLATE, stop), model
+
+
+def make_qwen_vl(folder: Path, tied: bool = True, seed: int = 0, dtype: torch.dtype = torch.float32):
+    tokenizer = make_tokenizer(QWEN_SPECIALS)
+    special = {name: tokenizer.token_to_id(name) for name in QWEN_SPECIALS}
+    text = {
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": tokenizer.get_vocab_size() + PADDING,
+        "max_position_embeddings": 4096,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 1000000.0,
+        "hidden_act": "silu",
+        "use_sliding_window": False,
+        "tie_word_embeddings": tied,
+    }
+    vision = {
+        "depth": 4,
+        "hidden_size": 32,
+        "num_heads": 2,
+        "intermediate_size": 48,
+        "out_hidden_size": 64,
+        "patch_size": 14,
+        "spatial_merge_size": 2,
+        "temporal_patch_size": 2,
+        "window_size": 112,
+        "fullatt_block_indexes": [1, 3],
+        "hidden_act": "silu",
+        "in_channels": 3,
+    }
+    rope = {"type": "mrope", "mrope_section": [2, 3, 3]}
+    ids = {"image_token_id": special["<|image_pad|>"], "vision_start_token_id": special["<|vision_start|>"]}
+    ids |= {"vision_end_token_id": special["<|vision_end|>"], "video_token_id": text["vocab_size"] - 1}
+    nested = text | {"rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 1000000.0}}
+    config = transformers.Qwen2_5_VLConfig(text_config=nested, vision_config=vision, tie_word_embeddings=tied, **ids)
+    model = transformers.Qwen2_5_VLForConditionalGeneration(config).eval()
+    randomize(model, seed)
+    model = model.to(dtype)
+    state = {}
+    for name, tensor in model.state_dict().items():
+        if not (tied and name == "lm_head.weight"):
+            name = name.replace("model.visual.", "visual.").replace("model.language_model.", "model.")
+            state[name] = tensor
+    flat = text | ids | {"vision_config": vision, "rope_scaling": rope, "model_type": "qwen2_5_vl"}
+    flat["architectures"] = ["Qwen2_5_VLForConditionalGeneration"]
+    stop = [special["<|im_end|>"], special["<|endoftext|>"]]
+    save_hub(folder, state, flat, tokenizer, QWEN_VL_TEMPLATE, stop)
+    limits = {"min_pixels": 3136, "max_pixels": 12845056, "patch_size": 14, "merge_size": 2, "temporal_patch_size": 2}
+    (folder / "preprocessor_config.json").write_text(json.dumps(limits))
+    return folder, model

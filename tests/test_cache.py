@@ -1,0 +1,168 @@
+"""What the caches hold: one token at a time, several at once, continued and afresh must all agree."""
+
+import pytest
+import torch
+
+import generate
+from generate import Sampling, sample
+from tests.conftest import draw
+
+FAMILIES = ["qwen2", "qwen2.5-vl"]
+VL_FAMILIES = ["qwen2.5-vl"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.inference_mode()
+def test_prefill_equals_one_by_one_equals_several(pair, family):
+    pair = pair(family)
+    tokens = pair.tokenizer.encode("The quick brown fox asks how many circles there are.")
+    prompt = pair.engine.prompt(tokens, [])
+    pair.engine.reserve(len(tokens), 1)
+    last = pair.model.prefill(prompt)[0]
+    ids, positions = prompt.tokens, torch.arange(len(tokens))
+    at_once = pair.model(ids, positions)
+    one_by_one = torch.cat([pair.model(ids[i : i + 1], positions[i : i + 1]) for i in range(len(ids))])
+    torch.testing.assert_close(at_once[-1], last, atol=1e-4, rtol=0)
+    torch.testing.assert_close(one_by_one, at_once, atol=1e-4, rtol=0)
+    chunks = [pair.model(ids[i : i + 5], positions[i : i + 5]) for i in range(0, len(ids), 5)]
+    torch.testing.assert_close(torch.cat(chunks), at_once, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("family", VL_FAMILIES)
+@torch.inference_mode()
+def test_image_then_several_at_once(pair, family):
+    """Text after an image: prefilled with it, or given to the cache later, many tokens at a time."""
+    pair = pair(family)
+    head = pair.tokenizer.encode_raw([{"type": "image"}])
+    tail = pair.tokenizer.encode(" what is it, and how many of them?")
+    whole, part = (pair.engine.prompt(tokens, [draw(300, 168)]) for tokens in (head + tail, head))
+    pair.engine.reserve(len(whole), 1)
+    expected = pair.model.prefill(whole)[-1]
+    pair.model.prefill(part)
+    logits = pair.model(torch.tensor(tail), torch.arange(len(part), len(whole)))
+    torch.testing.assert_close(logits[-1], expected, atol=1e-4, rtol=0)
+
+
+def count_prefills(model, monkeypatch) -> list:
+    calls, prefill = [], model.prefill
+    monkeypatch.setattr(model, "prefill", lambda prompt: calls.append(len(prompt)) or prefill(prompt))
+    return calls
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_conversation_continued_equals_afresh(pair, family, monkeypatch):
+    """Three turns in one cache, an image in the first: each as if the whole conversation were prefilled anew."""
+    pair = pair(family)
+    calls = count_prefills(pair.model, monkeypatch)
+    content = [{"type": "text", "text": "How many circles are there?"}]
+    images = []
+    if pair.encoder:
+        images = [draw(200, 150)]
+        content.insert(0, {"type": "image"})
+    messages = [{"role": "user", "content": content}]
+    pair.engine.reserve(400, 1)
+    for turn in range(3):
+        tokens = pair.tokenizer.encode_chat(messages)
+        continued = generate.generate(pair.engine, tokens, images, 12, pair.tokenizer.stop_ids)
+        held = pair.engine.held
+        assert len(calls) == turn + 1, "of the continued turns only the first prefills"
+        pair.engine.forget()
+        afresh = generate.generate(pair.engine, tokens, images, 12, pair.tokenizer.stop_ids)
+        assert continued["token_ids"] == afresh["token_ids"]
+        assert held == pair.engine.held
+        reply = [token for token in continued["token_ids"] if token not in pair.tokenizer.stop_ids]
+        messages += [
+            {"role": "assistant", "content": [{"type": "tokens", "ids": reply}]},
+            {"role": "user", "content": f"And then? {turn}"},
+        ]
+
+
+@pytest.mark.parametrize("family", VL_FAMILIES)
+def test_text_after_image_equals_fresh_process(pair, family):
+    pair = pair(family)
+    fresh, tokenizer = generate.load(pair.path, "cpu", torch.float32)
+    tokens = tokenizer.encode_chat([{"role": "user", "content": "Say something long."}])
+    expected = generate.generate(fresh, tokens, [], 20)
+    image = tokenizer.encode_chat([{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]}])
+    generate.generate(pair.engine, image, [draw(120, 300)], 20)
+    after = generate.generate(pair.engine, tokens, [], 20)  # not even told to forget
+    assert after["token_ids"] == expected["token_ids"]
+
+
+@pytest.mark.parametrize("family", VL_FAMILIES)
+def test_same_text_with_another_image_is_not_continued(pair, family):
+    pair = pair(family)
+    tokens = pair.tokenizer.encode_chat([{"role": "user", "content": [{"type": "image"}]}])
+    first = generate.generate(pair.engine, tokens, [draw(224, 224, seed=1)], 12)
+    second = generate.generate(pair.engine, tokens, [draw(224, 224, seed=2)], 12)
+    pair.engine.forget()
+    assert second["token_ids"] == generate.generate(pair.engine, tokens, [draw(224, 224, seed=2)], 12)["token_ids"]
+    assert first["token_ids"] != second["token_ids"]
+
+
+def test_images_of_a_conversation_are_encoded_once(pair, monkeypatch):
+    pair = pair("qwen2.5-vl")
+    calls, preprocess = [], pair.encoder.preprocess
+    monkeypatch.setattr(pair.encoder, "preprocess", lambda image: calls.append(image) or preprocess(image))
+    images = [draw(100, 100, seed) for seed in (1, 2)]
+    tokens = pair.tokenizer.encode_chat([{"role": "user", "content": [{"type": "image"}]}] * 2)
+    with torch.inference_mode():
+        pair.engine.prompt(tokens, images)
+        pair.engine.prompt(tokens, images)
+    assert len(calls) == 2
+
+
+def test_cache_is_filled_to_the_last_slot(pair, monkeypatch):
+    """The last token is never put into the cache: n slots serve n + 1 tokens, and no more are made."""
+    pair = pair("qwen2")
+    monkeypatch.setattr(pair.engine, "max_cache_size", 20)
+    pair.model.setup_caches(20)
+    tokens = pair.tokenizer.encode("How many?")
+    result = generate.generate(pair.engine, tokens, [], 100)
+    assert len(result["token_ids"]) == 20 - len(tokens) + 1
+    assert result["finish_reason"] == "length"
+    monkeypatch.setattr(pair.engine, "max_cache_size", None)
+    pair.engine.forget()
+    whole = generate.generate(pair.engine, tokens, [], 100)
+    assert len(whole["token_ids"]) == 100
+    assert whole["token_ids"][: len(result["token_ids"])] == result["token_ids"]
+
+
+def test_stop_tokens_end_the_answer(pair):
+    """Any token of the list, the very first one too; nothing after it is in the answer or counted as held."""
+    pair = pair("qwen2")
+    tokens = pair.tokenizer.encode("How many circles are there?")
+    free = generate.generate(pair.engine, tokens, [], 24)["token_ids"]
+    for i in (0, 1, 7, 23):
+        stop = free.index(free[i])  # the first place where that token stands
+        pair.engine.forget()
+        result = generate.generate(pair.engine, tokens, [], 24, stop_ids={free[i], 10**9})
+        assert result["token_ids"] == free[: stop + 1]
+        assert result["finish_reason"] == "stop"
+        assert pair.engine.held == tokens + free[:stop]
+
+
+def test_steps_beyond_a_stop_do_not_count(pair, monkeypatch):
+    """An accelerator runs ahead of the host: what it did after the stop token must leave no trace."""
+    pair = pair("qwen2")
+    tokens = pair.tokenizer.encode("How many circles are there?")
+    free = generate.generate(pair.engine, tokens, [], 24)["token_ids"]
+    stop = free.index(free[10])
+    decode = generate.decode
+    monkeypatch.setattr(generate, "decode", lambda *args: decode(*args[:3], 8, args[4])[: args[3] + 7])
+    pair.engine.forget()
+    result = generate.generate(pair.engine, tokens, [], 100, stop_ids={free[10]})
+    assert result["token_ids"] == free[: stop + 1]
+    assert pair.engine.held == tokens + free[:stop]
+
+
+def test_sampling():
+    logits = torch.tensor([1.0, 3.0, 2.0, 50.0])  # the last row is padding
+    assert sample(logits, 3, Sampling()).tolist() == [1]
+    torch.manual_seed(0)
+    drawn = torch.cat([sample(logits, 3, Sampling(temperature=1.0)) for _ in range(4000)])
+    expected = logits[:3].softmax(0)
+    assert torch.allclose(drawn.bincount(minlength=3) / 4000, expected, atol=0.03)
+    top = torch.cat([sample(logits, 3, Sampling(temperature=5.0, top_k=2)) for _ in range(500)])
+    assert set(top.tolist()) == {1, 2}
+    assert {sample(logits, 3, Sampling(temperature=5.0, top_k=1)).item() for _ in range(50)} == {1}

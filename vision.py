@@ -1,0 +1,243 @@
+"""From a picture to rows for the decoder: PIL preprocessing, encoders, and build_prompt, which places the rows.
+
+Knows images, the encoders' weights and which token stands for an image. Does not know sampling, checkpoints or the
+command line. An encoder is three methods: preprocess(image) -> pixels, grid; forward(pixels, grid) -> rows [N, D];
+positions(n, grid) -> [N, 3], the rows' rotary positions counted from the place where the image stands.
+
+Shapes: P patches, E encoder width, N rows for the decoder, D decoder width, W windows, L patches a window.
+"""
+
+import zlib
+from math import ceil, floor, sqrt
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageOps
+from torch import Tensor, nn
+
+from model import Prompt, rotate
+
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+
+
+def load_image(source) -> Image.Image:
+    """The RGB picture of a path or an open file: upright, and on white where it is transparent.
+
+    Raises ValueError, one line, for what is not a readable image.
+    """
+    try:
+        with Image.open(source) as image:
+            return to_rgb(image)
+    except FileNotFoundError:
+        raise ValueError(f"no such image: {source}") from None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        # PIL raises all of these for files that are broken in one way or another.
+        raise ValueError(f"cannot read the image {source}: {error}") from None
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    image = ImageOps.exif_transpose(image)
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")
+
+
+def to_pixels(image: Image.Image, mean, std) -> Tensor:
+    """[3, height, width] float32, from 0..255 to zero mean and unit variance."""
+    pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
+    pixels = pixels.view(image.height, image.width, 3).permute(2, 0, 1) / 255
+    return (pixels - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
+
+
+class GatedMLP(nn.Module):
+    def __init__(self, dim: int, hidden: int):
+        super().__init__()
+        self.w13 = nn.Linear(dim, 2 * hidden)
+        self.w2 = nn.Linear(hidden, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.w13(x).chunk(2, dim=-1)
+        return self.w2(F.silu(gate) * up)
+
+
+class VisionBlock(nn.Module):
+    """A transformer layer on x [B, L, E], for every encoder; norm and mlp are what the families disagree on."""
+
+    def __init__(self, dim: int, n_head: int, norm, mlp: nn.Module):
+        super().__init__()
+        self.n_head = n_head
+        self.norm1, self.norm2 = norm(dim), norm(dim)
+        self.wqkv = nn.Linear(dim, 3 * dim)
+        self.wo = nn.Linear(dim, dim)
+        self.mlp = mlp
+
+    def forward(self, x: Tensor, mask: Tensor | None = None, rope: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """mask [B, 1, 1, L] bool: which patches may be seen; rope: cos and sin [B, 1, L, E / n_head]."""
+        q, k, v = self.wqkv(self.norm1(x)).unflatten(-1, (3, self.n_head, -1)).permute(2, 0, 3, 1, 4)
+        if rope is not None:
+            q, k = rotate(q, *rope), rotate(k, *rope)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        x = x + self.wo(y.transpose(1, 2).flatten(2))
+        return x + self.mlp(self.norm2(x))
+
+
+class QwenEncoder(nn.Module):
+    """Qwen2.5-VL (arXiv 2502.13923): native resolution, windowed attention, 2x2 patches merged into a row.
+
+    Patches are numbered as the hub's processor numbers them: the merge x merge patches of a row stand together.
+    """
+
+    def __init__(
+        self, *, dim, depth, n_head, hidden, out_dim, patch, merge, window, full_layers, min_pixels, max_pixels
+    ):
+        super().__init__()
+        self.patch, self.merge, self.window = patch, merge, window  # in pixels, patches, pixels
+        self.full_layers, self.min_pixels, self.max_pixels = full_layers, min_pixels, max_pixels
+        self.patch_embed = nn.Linear(3 * patch * patch, dim, bias=False)
+        norm = lambda width: nn.RMSNorm(width, eps=1e-6)
+        self.blocks = nn.ModuleList(VisionBlock(dim, n_head, norm, GatedMLP(dim, hidden)) for _ in range(depth))
+        merged = dim * merge * merge
+        self.norm = norm(dim)
+        self.merger = nn.Sequential(nn.Linear(merged, merged), nn.GELU(), nn.Linear(merged, out_dim))
+
+    def resize_to(self, width: int, height: int) -> tuple[int, int]:
+        """(width, height) in multiples of a row's side, within the limits of pixels, the shape nearly kept."""
+        if max(width, height) > 200 * min(width, height):
+            raise ValueError(f"the image is {width}x{height}: one side is more than 200 times the other")
+        side = self.patch * self.merge
+        new_width, new_height = round(width / side) * side, round(height / side) * side
+        if new_width * new_height > self.max_pixels:
+            shrink = sqrt(width * height / self.max_pixels)
+            new_width, new_height = (max(side, floor(n / shrink / side) * side) for n in (width, height))
+        elif new_width * new_height < self.min_pixels:
+            grow = sqrt(self.min_pixels / (width * height))
+            new_width, new_height = (ceil(n * grow / side) * side for n in (width, height))
+        return new_width, new_height
+
+    def preprocess(self, image: Image.Image) -> tuple[Tensor, tuple[int, int]]:
+        """pixels [P, 3 * patch * patch] and the grid (height, width) in patches."""
+        image = image.resize(self.resize_to(*image.size), Image.Resampling.BICUBIC)
+        grid = image.height // self.patch, image.width // self.patch
+        pixels = to_pixels(image, CLIP_MEAN, CLIP_STD).unflatten(2, (-1, self.merge, self.patch))
+        pixels = pixels.unflatten(1, (-1, self.merge, self.patch))  # [3, h, merge, patch, w, merge, patch]
+        return pixels.permute(1, 4, 2, 5, 0, 3, 6).reshape(grid[0] * grid[1], -1), grid
+
+    def window_index(self, grid: tuple[int, int]) -> Tensor:
+        """[W, L] the patches of each window, row by row; windows cut off by the border are filled up with -1."""
+        side = self.window // self.patch // self.merge
+        height, width = grid[0] // self.merge, grid[1] // self.merge
+        rows = torch.arange(height * width).view(height, width)
+        rows = F.pad(rows, (0, -width % side, 0, -height % side), value=-1)
+        rows = rows.unflatten(1, (-1, side)).unflatten(0, (-1, side)).transpose(1, 2).flatten(2).flatten(0, 1)
+        patches = rows[..., None] * self.merge**2 + torch.arange(self.merge**2)
+        index = torch.where(rows[..., None] < 0, -1, patches).flatten(1)
+        # No window of a narrow image is full: the real patches to the front, and the common rest is cut away.
+        index = index.gather(1, (index < 0).sort(dim=1, stable=True).indices)
+        return index[:, : (index >= 0).sum(dim=1).max()]
+
+    def patch_angles(self, grid: tuple[int, int]) -> Tensor:
+        """[P, E / n_head / 2] rotary angles: half the frequencies follow the patch's row, half its column."""
+        height, width = grid
+        row, column = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+        place = torch.stack((row, column), dim=-1).float()  # [height, width, 2]
+        place = place.view(height // self.merge, self.merge, width // self.merge, self.merge, 2).transpose(1, 2)
+        quarter = self.patch_embed.out_features // self.blocks[0].n_head // 4
+        inv_freq = 10000.0 ** -(torch.arange(quarter) / quarter)
+        return (place.reshape(-1, 2, 1) * inv_freq).flatten(1)
+
+    def forward(self, pixels: Tensor, grid: tuple[int, int]) -> Tensor:
+        """[N, D] from pixels [P, 3 * patch * patch]. Full layers see the windows as one row of all patches."""
+        index = self.window_index(grid)  # [W, L]
+        real = index >= 0
+        window_mask = None if real.all() else real[:, None, None].to(pixels.device)  # [W, 1, 1, L]
+        full_mask = None if real.all() else window_mask.reshape(1, 1, 1, -1)
+        angles = self.patch_angles(grid)[index].repeat(1, 1, 2)[:, None].to(pixels.device)  # [W, 1, L, E / n_head]
+        window_rope = angles.cos(), angles.sin()
+        full_rope = tuple(t.reshape(1, 1, -1, t.shape[-1]) for t in window_rope)
+        x = self.patch_embed(pixels)[index.to(pixels.device)]  # [W, L, E]
+        for i, block in enumerate(self.blocks):
+            if i in self.full_layers:
+                x = block(x.view(1, -1, x.shape[-1]), full_mask, full_rope).view_as(x)
+            else:
+                x = block(x, window_mask, window_rope)
+        order = index[real].argsort().to(pixels.device)  # back to the processor's order
+        patches = x[real.to(pixels.device)][order]  # [P, E]
+        return self.merger(self.norm(patches).view(-1, self.merger[0].in_features))
+
+    def positions(self, n: int, grid: tuple[int, int]) -> Tensor:
+        """[N, 3]: an image is one moment; its rows carry their place in it."""
+        height, width = grid[0] // self.merge, grid[1] // self.merge
+        row = torch.arange(height).repeat_interleave(width)
+        return torch.stack((torch.zeros(n, dtype=torch.long), row, torch.arange(width).repeat(height)), dim=1)
+
+
+ENCODERS = {"qwen2_5_vl": QwenEncoder}
+
+
+def build_encoder(vision: dict) -> nn.Module:
+    """The encoder that `vision` of params.json describes: its "type" and the arguments of that class."""
+    return ENCODERS[vision["type"]](**{name: value for name, value in vision.items() if name != "type"})
+
+
+class Encoded(NamedTuple):
+    """What is kept of an image: all that a later prompt needs to place it again."""
+
+    rows: Tensor  # [N, D]
+    positions: Tensor  # [N, 3]
+    key: int  # of the image's content
+
+
+def encode_image(encoder: nn.Module, image: Image.Image, encoded: dict[int, Encoded]) -> Encoded:
+    """The image's rows; from `encoded` if the same picture was seen before."""
+    key = zlib.crc32(image.tobytes(), image.width)
+    if key not in encoded:
+        weight = next(encoder.parameters())
+        pixels, grid = encoder.preprocess(image)
+        rows = encoder(pixels.to(weight.device, weight.dtype), grid)
+        encoded[key] = Encoded(rows, encoder.positions(len(rows), grid), key)
+    return encoded[key]
+
+
+def build_prompt(
+    tokens: list[int],
+    images: list[Image.Image] = (),
+    encoder: nn.Module | None = None,
+    image_token_id: int | None = None,
+    device="cpu",
+    encoded: dict[int, Encoded] | None = None,
+) -> Prompt:
+    """The Prompt of tokens in which one image token stands for each of the images, in order.
+
+    `encoded` keeps what was computed of an image from one call to the next. Raises ValueError if the number of images
+    is not the number of image tokens, or if an image is not one that the encoder takes.
+    """
+    n_places = tokens.count(image_token_id) if encoder else 0
+    if images and not encoder:
+        raise ValueError("this model reads text only: it takes no image")
+    if n_places != len(images):
+        raise ValueError(f"the prompt has {n_places} places for images, and {len(images)} images were given")
+    shown = iter([encode_image(encoder, image, {} if encoded is None else encoded) for image in images])
+    ids, key, rope_pos, visual, next_pos = [], [], [], [], 0
+    for token in tokens:
+        if encoder and token == image_token_id:
+            image = next(shown)
+            n = len(image.rows)
+            ids += [token] * n
+            key += [-1 - (image.key << 20) - i for i in range(n)]
+            rope_pos.append(next_pos + image.positions)
+            visual.append(image.rows)
+        else:
+            ids.append(token)
+            key.append(token)
+            rope_pos.append(torch.full((1, 3), next_pos))
+        next_pos = int(rope_pos[-1].max()) + 1
+    ids = torch.tensor(ids, device=device)
+    return Prompt(
+        tokens=ids,
+        rope_pos=torch.cat(rope_pos).to(device),
+        key=key,
+        visual=torch.cat(visual) if visual else None,
+        image_mask=ids == image_token_id if visual else None,
+    )
