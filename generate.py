@@ -230,15 +230,18 @@ def weight_bytes(model: nn.Module) -> int:
     return sum(p.numel() * p.element_size() for name, p in model.named_parameters() if name != "embedding.weight")
 
 
-REQUEST_FIELDS = {"messages", "prompt", "images", "raw", "system", "max_new_tokens", "date_string"}
+REQUEST_TYPES = dict(
+    messages=list, prompt=(str, int), images=list, raw=bool, system=str, max_new_tokens=int, date_string=str
+)
 
 
 def read_request(request: dict, tokenizer: Tokenizer, n_tokens: int) -> tuple[list[int], list[Image.Image]]:
     """Token ids and pictures of a request as --requests has them. Raises ValueError for what is wrong with it."""
     if not isinstance(request, dict) or ("messages" in request) == ("prompt" in request):
         raise ValueError("a request is an object that holds either messages or a prompt")
-    if unknown := sorted(set(request) - REQUEST_FIELDS):
-        raise ValueError(f"unknown in a request: {', '.join(unknown)}; known are {', '.join(sorted(REQUEST_FIELDS))}")
+    for name, value in request.items():
+        if not isinstance(value, REQUEST_TYPES.get(name, ())):
+            raise ValueError(f"no {name} of this kind in a request; known are {', '.join(REQUEST_TYPES)}")
     if "messages" in request:
         messages = request["messages"]
         return tokenizer.encode_chat(messages, request.get("date_string")), find_images(messages)
@@ -246,6 +249,7 @@ def read_request(request: dict, tokenizer: Tokenizer, n_tokens: int) -> tuple[li
     images = [{"type": "image", "path": path} for path in request.get("images", [])]
     if isinstance(prompt, int):
         filler = torch.randint(n_tokens, (prompt,), generator=torch.Generator().manual_seed(0)).tolist()
+        filler = [0 if token == tokenizer.image_id else token for token in filler]
         return tokenizer.encode_raw(images) + filler, find_images([{"content": images}])
     if not prompt.strip():
         raise ValueError("the prompt is empty")
@@ -253,7 +257,7 @@ def read_request(request: dict, tokenizer: Tokenizer, n_tokens: int) -> tuple[li
     if request.get("raw"):
         return tokenizer.encode_raw(content), find_images([{"content": content}])
     messages = [{"role": "user", "content": content}]
-    if request.get("system"):
+    if "system" in request:
         messages.insert(0, {"role": "system", "content": request["system"]})
     return tokenizer.encode_chat(messages, request.get("date_string")), find_images(messages)
 
@@ -270,13 +274,18 @@ def place_images(prompt: str, images: list[dict], takes_images: bool) -> list[di
 
 
 def find_images(messages: list[dict]) -> list[Image.Image]:
-    """The pictures of the messages' image parts, in order; each is read once, and stays in its part."""
+    """The pictures of the messages' image parts, in order; each is read once, and stays in its part.
+
+    Raises ValueError for a part that names no file.
+    """
     images = []
     for message in messages:
         for part in message["content"] if isinstance(message["content"], list) else []:
             if part["type"] == "image":
+                if not isinstance(part.get("path", ""), str) or not part.keys() & {"path", "image"}:
+                    raise ValueError(f"an image part has no path: {str(part)[:60]}")
                 if "image" not in part:
-                    part["image"] = load_image(part.get("path"))
+                    part["image"] = load_image(part["path"])
                 images.append(part["image"])
     return images
 
@@ -477,7 +486,8 @@ def run(args: argparse.Namespace) -> int:
             status = run_requests(engine, tokenizer, args)
         else:
             prompt = int(args.prompt) if args.prompt.isdecimal() else args.prompt
-            request = {"prompt": prompt, "images": args.image, "raw": args.raw, "system": args.system}
+            request = {"prompt": prompt, "images": args.image, "raw": args.raw}
+            request |= {"system": args.system} if args.system else {}
             status = run_samples(engine, tokenizer, request, args) or 0
     if args.profile:
         profiler.export_chrome_trace(str(args.profile))

@@ -16,7 +16,7 @@ DEFAULT_SYSTEM = (
     "{% if loop.first and message['role'] != 'system' %}<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
     "{% endif %}"
 )
-GENERATION = "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+GENERATION = "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 QWEN_TEMPLATE = (  # as far as text goes, what Qwen2's own says
     "{% for message in messages %}" + DEFAULT_SYSTEM + "{{'<|im_start|>' + message['role'] + '\n' + message['content']"
     " + '<|im_end|>' + '\n'}}" + GENERATION
