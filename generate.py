@@ -263,7 +263,7 @@ def read_request(request: dict, tokenizer: Tokenizer, n_tokens: int) -> tuple[li
 
 
 def place_images(prompt: str, images: list[dict], takes_images: bool) -> list[dict]:
-    """A message: images stand where the prompt says <image>, else in front of it. Raises ValueError for other numbers."""
+    """A message: images stand where the prompt says <image>, else in front of it. ValueError for unequal numbers."""
     texts = prompt.split("<image>")
     if len(texts) == 1 or not takes_images:
         return [*images, {"type": "text", "text": prompt}]

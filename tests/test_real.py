@@ -1,0 +1,54 @@
+"""Real weights, where there are some: REAL_CHECKPOINT names a converted text model's hub folder (Qwen2.5 0.5B, say)."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+from generate import generate, load
+
+FOLDER = os.environ.get("REAL_CHECKPOINT")
+NEAR_TIE = 1e-3  # logits
+N_TOKENS = 64
+PROMPTS = [
+    "Write a Python function that reverses a linked list.",
+    "Explain the difference between a list and a tuple.",
+    "What is the capital of Australia, and why is it not Sydney?",
+    "Translate to French: The weather is nice today, let us go for a walk.",
+    "def fibonacci(n):",
+    "List five prime numbers larger than 100.",
+    "用中文介绍一下快速排序算法。",
+    "Write a haiku about graphics processors.",
+    "SELECT name, COUNT(*) FROM orders -- what is missing in this query?",
+    "If a train leaves at 9:40 and travels for 2 hours 35 minutes, when does it arrive?",
+]
+
+
+@pytest.mark.skipif(FOLDER is None, reason="REAL_CHECKPOINT is not set")
+@torch.inference_mode()
+def test_greedy_answers_equal_transformers(capsys):
+    """The reference reads our answer and must have said the same at every place, up to the first near-tie."""
+    engine, tokenizer = load(Path(FOLDER) / "model.pth", "cpu", torch.float32)
+    reference = transformers.AutoModelForCausalLM.from_pretrained(FOLDER, dtype=torch.float32).eval()
+    reference_tokenizer = transformers.AutoTokenizer.from_pretrained(FOLDER)
+    compared, ties = 0, 0
+    for text in PROMPTS:
+        messages = [{"role": "user", "content": text}]
+        prompt = tokenizer.encode_chat(messages)
+        theirs = reference_tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
+        assert prompt == theirs["input_ids"]
+        engine.forget()
+        ours = generate(engine, prompt, [], N_TOKENS, tokenizer.stop_ids)["token_ids"]
+        logits = reference(torch.tensor([prompt + ours])).logits[0, len(prompt) - 1 : -1]
+        for token, row in zip(ours, logits):
+            first, second = row.topk(2).values.tolist()
+            if first - second < NEAR_TIE:
+                ties += 1
+                break
+            assert token == row.argmax()
+            compared += 1
+    with capsys.disabled():
+        print(f"\n{compared} tokens of {len(PROMPTS)} answers equal transformers'; {ties} answers ended at a near-tie")
+    assert compared > 300
