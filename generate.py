@@ -14,12 +14,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
 from model import ModelArgs, Prompt, Transformer
 from tokenizer import StreamDecoder, Tokenizer
-from vision import build_encoder, build_prompt, load_image
+from vision import Pruning, build_encoder, build_prompt, load_image
 
 ROOT = Path(__file__).resolve().parent
 DEFAULT_CHECKPOINT = ROOT / "checkpoints/tiny-qwen2.5-vl/model.pth"
@@ -37,12 +38,15 @@ class Sampling:
 
 @dataclass
 class Engine:
-    """A loaded model, and what its caches hold at the moment."""
+    """A loaded model, what its caches hold at the moment, and the draft that guesses for it."""
 
     model: Transformer
     encoder: nn.Module | None
     step: Callable[[Tensor, Tensor], Tensor]  # model.forward, compiled or not
     max_cache_size: int | None = None  # slots; None: as many as the prompts turn out to need
+    pruning: Pruning | None = None  # of visual tokens
+    draft: "Engine | None" = None
+    speculate_k: int = 5  # guesses a step
     held: list[int] = field(default_factory=list)  # the keys (Prompt.key) of the cached tokens, slot by slot
     encoded: dict = field(default_factory=dict)  # images whose rows are kept for the next prompt
 
@@ -51,14 +55,22 @@ class Engine:
         return self.model.norm.weight.device
 
     def prompt(self, tokens: list[int], images: list[Image.Image]) -> Prompt:
-        return build_prompt(tokens, images, self.encoder, self.model.args.image_token_id, self.device, self.encoded)
+        image_id = self.model.args.image_token_id
+        return build_prompt(tokens, images, self.encoder, image_id, self.device, self.encoded, self.pruning)
+
+    def draft_prompt(self, tokens: list[int], images: list[Image.Image]) -> Prompt:
+        """The same for the draft, which may have another image token, or see nothing at all."""
+        image_id, draft_id = self.model.args.image_token_id, self.draft.model.args.image_token_id
+        if self.draft.encoder is None:
+            return self.draft.prompt([token for token in tokens if token != image_id], [])
+        return self.draft.prompt([draft_id if token == image_id else token for token in tokens], images)
 
     def reserve(self, n_prompt: int, max_new_tokens: int) -> int:
         """Make room in the caches; return how many of max_new_tokens fit. Raises ValueError if the prompt does not."""
         context = self.model.args.max_seq_len
         limit = min(self.max_cache_size or context, context)
         if n_prompt > limit:
-            what = "context" if limit == context else "cache (--max_cache_size)"
+            what = "context" if limit == context else "cache (--max_cache_size, --draft_max_cache_size)"
             raise ValueError(f"the prompt has {n_prompt} tokens, the {what} holds {limit}")
         n_new = min(max_new_tokens, limit - n_prompt + 1)  # the last token is never put into the cache
         if n_prompt + n_new - 1 > self.model.n_slots:
@@ -71,6 +83,8 @@ class Engine:
     def forget(self) -> None:
         """The next prompt starts afresh, as in a new process."""
         self.held, self.encoded = [], {}
+        if self.draft:
+            self.draft.forget()
 
     def prefill(self, prompt: Prompt) -> Tensor:
         """Logits [1, V] after the prompt. Of a conversation only what the cache does not hold yet is computed."""
@@ -91,28 +105,100 @@ def common_prefix(a: list[int], b: list[int]) -> int:
     return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
 
 
-def sample(logits: Tensor, n_tokens: int, sampling: Sampling) -> Tensor:
-    """[1] a token drawn from logits [V], padding rows of the vocabulary excluded."""
-    logits = logits[:n_tokens].float()
+def probabilities(logits: Tensor, n_tokens: int, sampling: Sampling) -> Tensor:
+    """[S, n_tokens] from logits [S, V]: padding rows of the vocabulary excluded; one-hot at temperature 0."""
+    logits = logits[:, :n_tokens].float()
     if sampling.temperature == 0:
-        return logits.argmax(keepdim=True)
+        return F.one_hot(logits.argmax(-1), n_tokens).float()
     if sampling.top_k is not None:
-        least = logits.topk(min(sampling.top_k, n_tokens)).values[-1]
+        least = logits.topk(min(sampling.top_k, n_tokens)).values[:, -1:]
         logits = logits.masked_fill(logits < least, float("-inf"))
-    # argmax(p / Exponential(1)) is a draw from p that needs no synchronization with the host, unlike multinomial.
-    weights = (logits / sampling.temperature).softmax(dim=-1)
-    return (weights / torch.empty_like(weights).exponential_(1)).argmax(keepdim=True)
+    return (logits / sampling.temperature).softmax(dim=-1)
 
 
-def decode(engine: Engine, token: Tensor, input_pos: int, n: int, sampling: Sampling) -> Tensor:
-    """[n] the tokens after `token` [1], which goes into slot input_pos."""
-    tokens, slot = [], torch.tensor([input_pos], device=engine.device)
+def draw(weights: Tensor) -> Tensor:
+    """[S] a sample of each row of weights [S, n], which need not add up to 1.
+
+    argmax(w / Exponential(1)) is such a draw, and needs no synchronization with the host as multinomial does.
+    """
+    return (weights / torch.empty_like(weights).exponential_(1).clamp_(min=1e-30)).argmax(-1)
+
+
+def decode(engine: Engine, pending: list[int], n: int, n_tokens: int, sampling: Sampling) -> tuple[Tensor, Tensor]:
+    """Put the pending tokens into the cache and go on: n new tokens [n], and the logits [n, n_tokens] behind them.
+
+    The last of the new tokens is not in the cache afterwards.
+    """
+    tokens = torch.tensor(pending, device=engine.device)
+    input_pos = torch.arange(len(engine.held), len(engine.held) + len(pending), device=engine.device)
+    new, rows = [], []
     for _ in range(n):
-        logits = engine.step(token, slot)
-        token = sample(logits[-1], engine.model.args.n_tokens, sampling)
-        tokens.append(token)
-        slot = slot + 1
-    return torch.cat(tokens)
+        logits = engine.step(tokens, input_pos)[-1:, :n_tokens]
+        tokens = logits.argmax(-1) if sampling.temperature == 0 else draw(probabilities(logits, n_tokens, sampling))
+        input_pos = input_pos[-1:] + 1
+        new.append(tokens)
+        rows.append(logits)
+    return torch.cat(new), torch.cat(rows)
+
+
+def accept(guesses: Tensor, q: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
+    """Guesses [k] drawn from q [k, n], judged by the target's p [k + 1, n]: tokens [k + 1], the number accepted [1].
+
+    Speculative sampling (arXiv 2211.17192): guess x stays with probability p(x) / q(x); in place of the first that does
+    not, a token is drawn from max(p - q, 0), and after the last from p: what comes out is distributed as p. Tokens
+    after that one mean nothing.
+    """
+    chosen = guesses[:, None]
+    stays = torch.rand(len(guesses), device=p.device) < (p[:-1].gather(1, chosen) / q.gather(1, chosen))[:, 0]
+    n = stays.long().cumprod(0).sum(0, keepdim=True)
+    rest = (p - F.pad(q, (0, 0, 0, 1))).clamp(min=0).index_select(0, n)
+    return F.pad(guesses, (0, 1)).index_copy(0, n, draw(rest)), n
+
+
+def speculate(
+    engine: Engine, last: int, pending: list[int], k: int, sampling: Sampling, laps: list
+) -> tuple[list, int]:
+    """One step: k guesses of the draft, one look of the target. Up to k + 1 new tokens, and how many were guesses.
+
+    last is not yet in the target's cache, nor pending in the draft's. laps collects times (mark) of draft and target.
+    """
+    draft, n_tokens = engine.draft, engine.model.args.n_tokens
+    n_common = min(n_tokens, draft.model.args.n_tokens)
+    laps.append(mark(draft.device))
+    guesses, rows = decode(draft, pending, k, n_common, sampling)
+    laps += [mark(draft.device), mark(engine.device)]
+    guesses = guesses.to(engine.device)
+    tokens = torch.cat((torch.tensor([last], device=engine.device), guesses))
+    input_pos = torch.arange(len(engine.held), len(engine.held) + k + 1, device=engine.device)
+    p = probabilities(engine.step(tokens, input_pos), n_tokens, sampling)
+    if sampling.temperature == 0:
+        q = F.one_hot(guesses, n_tokens).float()
+    else:
+        q = F.pad(probabilities(rows, n_common, sampling).to(engine.device), (0, n_tokens - n_common))
+    tokens, n = accept(guesses, q, p)
+    laps.append(mark(engine.device))
+    *tokens, n = torch.cat((tokens, n)).tolist()
+    return tokens[: n + 1], n
+
+
+def mark(device: torch.device):
+    """A point of time on a device, which is not waited for."""
+    if device.type == "cpu":
+        return time.perf_counter()
+    event = torch.Event(device, enable_timing=True)
+    event.record()
+    return event
+
+
+def seconds_between(start, end) -> float:
+    return end - start if isinstance(start, float) else start.elapsed_time(end) / 1000
+
+
+def now(device: torch.device) -> float:
+    """Seconds, when the device has done all that it was told."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+    return time.perf_counter()
 
 
 def cut_at_stop(tokens: list[int], stop_ids) -> list[int]:
@@ -137,30 +223,63 @@ def generate(
     """
     if not tokens:
         raise ValueError("the prompt is empty")
-    sampling = sampling or Sampling()
+    sampling, draft, device = sampling or Sampling(), engine.draft, engine.device
     start = time.perf_counter()
     prompt = engine.prompt(tokens, images)
+    encoded = now(device)
     n_new = engine.reserve(len(prompt), max_new_tokens)
-    token = sample(engine.prefill(prompt)[-1], engine.model.args.n_tokens, sampling)
-    ids = token.tolist()
+    n_tokens = engine.model.args.n_tokens
+    ids = draw(probabilities(engine.prefill(prompt), n_tokens, sampling)).tolist()
     first = time.perf_counter()
     on_tokens(ids)
-    per_read = 1 if engine.device.type == "cpu" else TOKENS_PER_READ
+    result = {
+        "token_ids": ids,
+        "prompt_token_ids": prompt.tokens.tolist(),
+        "n_visual_tokens": 0 if prompt.visual is None else len(prompt.visual),
+        "time_to_first_token_s": first - start,
+        "encoder_s": encoded - start,
+    }
+    if draft:
+        draft_prompt = engine.draft_prompt(tokens, images)
+        draft_n_new = draft.reserve(len(draft_prompt), n_new)
+        draft.prefill(draft_prompt)
+        result["draft_n_visual_tokens"] = 0 if draft_prompt.visual is None else len(draft_prompt.visual)
+        result["draft_time_to_first_token_s"] = now(draft.device) - first
+    begin, counts, laps = time.perf_counter(), [0] * (engine.speculate_k + 1), []
+    per_read = 1 if device.type == "cpu" else TOKENS_PER_READ
     while ids[-1] not in stop_ids and len(ids) < n_new:
-        new = decode(engine, token, len(engine.held), min(per_read, n_new - len(ids)), sampling)
-        token = new[-1:].clone()
-        new = cut_at_stop(new.tolist(), stop_ids)
+        room = n_new - len(ids)
+        k = min(engine.speculate_k, room - 1, draft_n_new - len(ids)) if draft else 0
+        if k > 0:
+            pending = ids[len(draft.held) - len(draft_prompt) :]
+            new, n = speculate(engine, ids[-1], pending, k, sampling, laps)
+            new = cut_at_stop(new, stop_ids)
+            counts[min(n, len(new))] += 1
+            draft.held += (pending + new[:-1])[: len(pending) + k - 1]
+        else:
+            new = decode(engine, ids[-1:], min(per_read, room), n_tokens, sampling)[0].tolist()
+            new = cut_at_stop(new, stop_ids)
         engine.held += [ids[-1], *new[:-1]]
         ids += new
         on_tokens(new)
-    seconds = time.perf_counter() - first
+    seconds = time.perf_counter() - begin
+    result["finish_reason"] = "stop" if ids[-1] in stop_ids else "length"
+    result["tokens_per_s"] = (len(ids) - 1) / seconds if len(ids) > 1 else 0.0
+    return result | (speculation_report(counts, laps, seconds) if draft else {})
+
+
+def speculation_report(counts: list[int], laps: list, seconds: float) -> dict:
+    """counts: steps by the number of accepted guesses; laps: four marks a step (draft, draft, target, target)."""
+    steps = max(sum(counts), 1)
+    accepted = sum(n * count for n, count in enumerate(counts))
+    draft = sum(map(seconds_between, laps[::4], laps[1::4]))
+    verify = sum(map(seconds_between, laps[2::4], laps[3::4]))
     return {
-        "token_ids": ids,
-        "prompt_token_ids": prompt.tokens.tolist(),
-        "finish_reason": "stop" if ids[-1] in stop_ids else "length",
-        "n_visual_tokens": 0 if prompt.visual is None else len(prompt.visual),
-        "time_to_first_token_s": first - start,
-        "tokens_per_s": (len(ids) - 1) / seconds if len(ids) > 1 else 0.0,
+        "mean_accepted": accepted / steps,
+        "accept_counts": counts,
+        "draft_s": draft,
+        "verify_s": verify,
+        "rest_s": seconds - draft - verify,
     }
 
 
@@ -316,6 +435,12 @@ def report(result: dict, engine: Engine) -> None:
         f"time to first token {result['time_to_first_token_s']:.3f} s, {len(result['token_ids'])} new tokens "
         f"({result['finish_reason']}), {result['tokens_per_s']:.1f} tokens/s, {gigabytes:.1f} GB/s"
     )
+    if engine.draft:
+        log(
+            f"draft: {result['draft_n_visual_tokens']} visual tokens, {result['mean_accepted']:.2f} of "
+            f"{engine.speculate_k} guesses accepted a step {result['accept_counts']}, seconds: draft "
+            f"{result['draft_s']:.3f}, verify {result['verify_s']:.3f}, rest {result['rest_s']:.3f}"
+        )
 
 
 def log(line: str) -> None:
@@ -426,9 +551,21 @@ class Parser(argparse.ArgumentParser):
         raise ValueError(f"{message} (--help lists the flags)")
 
 
+def ratio(value: str) -> float:
+    if not 0 <= float(value) < 1:
+        raise ValueError
+    return float(value)
+
+
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
     """The flags that generate.py and evaluate.py share."""
     parser.add_argument("--checkpoint_path", type=Path, default=DEFAULT_CHECKPOINT, help="a converted model.pth")
+    parser.add_argument("--draft_checkpoint_path", type=Path, help="a smaller model of the same tokenizer that guesses")
+    parser.add_argument("--speculate_k", type=positive_int, default=5, help="guesses of the draft a step")
+    parser.add_argument("--mm_prune_method", choices=["random", "structured"], default="structured")
+    parser.add_argument("--mm_prune_ratio", type=ratio, default=0.0, help="visual tokens that the draft does not see")
+    parser.add_argument("--draft_device", help="default: --device")
+    parser.add_argument("--draft_max_cache_size", type=positive_int, help="tokens; default: as many as needed")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=["bfloat16", "float32", "float16"], default="bfloat16")
     parser.add_argument("--compile", action="store_true", help="compile the decode step")
@@ -468,16 +605,31 @@ def check_device(device: str) -> None:
         raise ValueError(f"--device {device} cannot be used: {one_line(error)[:200]}") from None
 
 
-def run(args: argparse.Namespace) -> int:
+def load_engine(args: argparse.Namespace) -> tuple[Engine, Tokenizer]:
+    """The model of the flags, with its draft if there is one, compiled if asked."""
+    start, dtype = time.perf_counter(), getattr(torch, args.dtype)
     check_device(args.device)
-    start = time.perf_counter()
-    engine, tokenizer = load(args.checkpoint_path, args.device, getattr(torch, args.dtype))
+    engine, tokenizer = load(args.checkpoint_path, args.device, dtype)
     engine.max_cache_size = args.max_cache_size
+    if args.draft_checkpoint_path:
+        check_device(args.draft_device or args.device)
+        draft, draft_tokenizer = load(args.draft_checkpoint_path, args.draft_device or args.device, dtype)
+        if not tokenizer.agrees_with(draft_tokenizer):
+            raise ValueError(f"{args.draft_checkpoint_path} has another tokenizer than {args.checkpoint_path}")
+        draft.max_cache_size = args.draft_max_cache_size
+        draft.pruning = Pruning(args.mm_prune_method, args.mm_prune_ratio, args.seed)
+        engine.draft, engine.speculate_k = draft, args.speculate_k
+    for each in (engine, engine.draft):
+        if each and args.compile:
+            compile_step(each)
+        if each and args.compile_prefill:
+            compile_prefill(each)
     log(f"loaded {args.checkpoint_path} in {time.perf_counter() - start:.2f} s")
-    if args.compile:
-        compile_step(engine)
-    if args.compile_prefill:
-        compile_prefill(engine)
+    return engine, tokenizer
+
+
+def run(args: argparse.Namespace) -> int:
+    engine, tokenizer = load_engine(args)
     profiler = torch.profiler.profile() if args.profile else contextlib.nullcontext()
     with profiler:
         if args.interactive:

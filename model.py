@@ -49,6 +49,7 @@ class Prompt:
     tokens: Tensor  # [S] ids; the image token stands where a visual row goes
     rope_pos: Tensor  # [S, 3] (time, height, width); three equal columns for text
     key: list[int]  # S of them
+    next_pos: int  # the rotary position of the token after the prompt
     visual: Tensor | None = None  # [N, D] rows from the encoder, in image order
     image_mask: Tensor | None = None  # [S] bool: which tokens the rows replace, N of them
 
@@ -182,7 +183,7 @@ class Transformer(nn.Module):
         x = self.embedding(prompt.tokens)
         if prompt.visual is not None:
             x = x.masked_scatter(prompt.image_mask[:, None], prompt.visual.to(x.dtype))
-        self.rope_delta.copy_(prompt.rope_pos.max() + 1 - len(prompt))
+        self.rope_delta.fill_(prompt.next_pos - len(prompt))
         step = Step(*self.angles(prompt.rope_pos), self.slots[: len(prompt)], mask=None)
         return self.run_layers(x, step, last_only=True)
 

@@ -120,9 +120,9 @@ def split_pattern(max_digits: int) -> re.Pattern:
 class Tokenizer:
     """tokenizer.model and the "tokenizer" entry of params.json, as scripts/hf_tokenizer.py wrote them.
 
-    settings: type ("bytelevel" or "sentencepiece"), nfc, max_digits and ignore_merges (byte-level only), add_bos, bos_id,
-    stop_ids, special_tokens {name: id}, chat_format (a key of CHAT_FORMATS, or None), default_system (None: no system
-    turn) and default_date (None: today's).
+    settings: type ("bytelevel" or "sentencepiece"), nfc, max_digits and ignore_merges (byte-level only), add_bos,
+    bos_id, stop_ids, special_tokens {name: id}, chat_format (a key of CHAT_FORMATS, or None), default_system (None: no
+    system turn) and default_date (None: today's).
     """
 
     def __init__(self, model_path: str | Path, settings: dict):
@@ -140,24 +140,15 @@ class Tokenizer:
         self.bos_id: int | None = settings["bos_id"]
         self.stop_ids = frozenset(settings["stop_ids"])
         self.silent = frozenset(self.special.values()) | {self.pieces.unk_id()}  # ids without a text
-        self.chat = self._chat_format(settings["chat_format"])
+        self.chat = CHAT_FORMATS[settings["chat_format"]] if settings["chat_format"] else None
+        if missing := sorted(set(self.chat.special_tokens() if self.chat else []) - self.special.keys()):
+            raise ValueError(f"chat format {settings['chat_format']} needs tokens that are not there: {missing}")
         self.image_id = self.special[self.chat.image_token] if self.chat and self.chat.image_token else None
-
-    def _chat_format(self, name: str | None) -> ChatFormat | None:
-        if name is None:
-            return None
-        if name not in CHAT_FORMATS:
-            raise ValueError(f"params.json: chat_format {name!r} is none of {', '.join(CHAT_FORMATS)}")
-        chat = CHAT_FORMATS[name]
-        for token in chat.special_tokens():
-            if token not in self.special:
-                raise ValueError(f"params.json: chat_format {name!r} needs the token {token}, which is not there")
-        return chat
 
     def encode(self, text: str) -> list[int]:
         """Ids of a user's text: a special token's name in it is text like any other. No BOS."""
         if not self.bytelevel:
-            return self.pieces.encode(text)
+            return self.pieces.encode(text.encode())
         if self.settings["nfc"]:
             text = unicodedata.normalize("NFC", text)
         words = [codecs.charmap_decode(word.encode(), "strict", ALPHABET)[0] for word in self.split.findall(text)]
@@ -184,8 +175,19 @@ class Tokenizer:
             return bytes([int(piece[1:-1], 16)])  # <0x0A>
         return piece.replace("\u2581", " ").encode()
 
+    def agrees_with(self, other: "Tokenizer") -> bool:
+        """Whether ids mean the same text in both: only special tokens and the vocabulary's end may differ."""
+        n = min(self.settings["n_tokens"], other.settings["n_tokens"])
+        silent = self.silent | other.silent
+        ids = [token for token in range(n) if token not in silent]
+        same_kind = self.settings["type"] == other.settings["type"]
+        return same_kind and self.pieces.id_to_piece(ids) == other.pieces.id_to_piece(ids)
+
     def encode_raw(self, content: str | list[dict]) -> list[int]:
-        """A prompt taken as it is: text, or parts as in encode_chat. BOS in front where the model's tokenizer adds it."""
+        """Ids of a prompt as it is: text, or parts as in encode_chat. BOS in front where the model's tokenizer adds it.
+
+        An image is its token and borders, without the line break that a chat format may write after it.
+        """
         chat = self.chat and replace(self.chat, image=self.chat.image.strip(), images_first=False, text_prefix="")
         bos = [self.bos_id] if self.settings["add_bos"] else []
         return bos + self._encode_parts(self._read_content("user", content, "the prompt", chat))
@@ -273,10 +275,8 @@ class Tokenizer:
 
     def _encode_parts(self, parts: list[Part]) -> list[int]:
         """Neighbouring texts are encoded as one, as if they had been written in one string."""
-        ids: list[int] = []
-        for text, run in groupby(parts, key=lambda part: isinstance(part, str)):
-            ids += self.encode("".join(run)) if text else run
-        return ids
+        runs = [(text, list(run)) for text, run in groupby(parts, key=lambda part: isinstance(part, str))]
+        return [token for text, run in runs for token in (self.encode("".join(run)) if text else run)]
 
 
 def is_text(content: list[Part]) -> bool:

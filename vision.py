@@ -200,6 +200,25 @@ def encode_image(encoder: nn.Module, image: Image.Image, encoded: dict[int, Enco
     return encoded[key]
 
 
+class Pruning(NamedTuple):
+    """Which visual tokens a draft goes without."""
+
+    method: str  # "structured": the survivors are evenly spaced; "random"
+    ratio: float  # the fraction that is removed
+    seed: int = 0
+
+
+def survivors(n: int, pruning: Pruning | None, image: int = 0) -> Tensor:
+    """The ascending indices that are kept of n visual tokens: max(1, n - round(n * ratio)) of them."""
+    if pruning is None:
+        return torch.arange(n)
+    kept = max(1, n - round(n * pruning.ratio))
+    if pruning.method == "random":
+        generator = torch.Generator().manual_seed(pruning.seed + image)
+        return torch.randperm(n, generator=generator)[:kept].sort().values
+    return (2 * torch.arange(kept) + 1) * n // (2 * kept)  # the middles of `kept` equal stretches
+
+
 def build_prompt(
     tokens: list[int],
     images: list[Image.Image] = (),
@@ -207,9 +226,11 @@ def build_prompt(
     image_token_id: int | None = None,
     device="cpu",
     encoded: dict[int, Encoded] | None = None,
+    pruning: Pruning | None = None,
 ) -> Prompt:
     """The Prompt of tokens in which one image token stands for each of the images, in order.
 
+    Pruning leaves out visual tokens; the others keep their positions, and so does the text after them.
     `encoded` keeps what was computed of an image from one call to the next. Raises ValueError if the number of images
     is not the number of image tokens, or if an image is not one that the encoder takes.
     """
@@ -223,21 +244,23 @@ def build_prompt(
     for token in tokens:
         if encoder and token == image_token_id:
             image = next(shown)
-            n = len(image.rows)
-            ids += [token] * n
-            key += [-1 - (image.key << 20) - i for i in range(n)]
-            rope_pos.append(next_pos + image.positions)
-            visual.append(image.rows)
+            keep = survivors(len(image.rows), pruning, len(visual))
+            ids += [token] * len(keep)
+            key += [-1 - (image.key << 20) - i for i in keep.tolist()]
+            rope_pos.append(next_pos + image.positions[keep])
+            visual.append(image.rows[keep.to(image.rows.device)])
+            next_pos += int(image.positions.max()) + 1
         else:
             ids.append(token)
             key.append(token)
             rope_pos.append(torch.full((1, 3), next_pos))
-        next_pos = int(rope_pos[-1].max()) + 1
+            next_pos += 1
     ids = torch.tensor(ids, device=device)
     return Prompt(
         tokens=ids,
         rope_pos=torch.cat(rope_pos).to(device),
         key=key,
+        next_pos=next_pos,
         visual=torch.cat(visual) if visual else None,
         image_mask=ids == image_token_id if visual else None,
     )

@@ -50,7 +50,7 @@ def convert_tokenizer(hub_dir: Path, out_dir: Path, extra_tokens: Sequence[str] 
         tokenizer = read_tokenizer(hub_dir, config)
         settings, proto = convert_vocabulary(tokenizer, hub_dir / "tokenizer.model", extra_tokens)
         template = read_template(hub_dir, config)
-    except (KeyError, TypeError, AttributeError) as error:
+    except (LookupError, TypeError, AttributeError) as error:
         raise ValueError(f"{hub_dir}: the tokenizer's files are not laid out as expected: {error!r}") from error
     chat_format = recognize_template(template, settings)
     if template and chat_format is None:
@@ -240,8 +240,8 @@ def merge_scores(merges: list[str] | list[list[str]]) -> dict[str, float]:
     """Token -> score. SentencePiece merges the neighbours whose union scores best: the one that BPE learned first."""
     scores: dict[str, float] = {}
     for rank, merge in enumerate(merges):
-        left, right = merge.split(" ") if isinstance(merge, str) else merge
-        scores.setdefault(left + right, -float(rank))
+        token = merge.replace(" ", "", 1) if isinstance(merge, str) else "".join(merge)
+        scores.setdefault(token, -float(rank))
     return scores
 
 
@@ -316,9 +316,9 @@ def read_template(hub_dir: Path, config: dict) -> str | None:
 
 
 def simplify_template(template: str) -> str:
-    """One spelling for what templates spell differently: message['role'], quotes, line breaks, spaces around + and |."""
+    """One spelling for what templates spell in several: message['role'], quotes, line breaks, space around + and |."""
     text = re.sub(r"\[['\"](\w+)['\"]\]", r".\1", template.replace("\\n", "\n"))
-    return re.sub(r" ?([+|]) ?", r"\1", text.replace('"', "'"))
+    return re.sub(r"\s*([+|])\s*", r"\1", text.replace('"', "'"))
 
 
 def recognize_template(template: str | None, settings: dict) -> str | None:

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 import generate
-from generate import Sampling, sample
-from tests.conftest import draw
+from generate import Sampling, draw, probabilities
+from tests.conftest import draw as draw_picture
 
 FAMILIES = ["qwen2", "qwen2.5-vl"]
 VL_FAMILIES = ["qwen2.5-vl"]
@@ -35,7 +35,7 @@ def test_image_then_several_at_once(pair, family):
     pair = pair(family)
     head = pair.tokenizer.encode_raw([{"type": "image"}])
     tail = pair.tokenizer.encode(" what is it, and how many of them?")
-    whole, part = (pair.engine.prompt(tokens, [draw(300, 168)]) for tokens in (head + tail, head))
+    whole, part = (pair.engine.prompt(tokens, [draw_picture(300, 168)]) for tokens in (head + tail, head))
     pair.engine.reserve(len(whole), 1)
     expected = pair.model.prefill(whole)[-1]
     pair.model.prefill(part)
@@ -57,7 +57,7 @@ def test_conversation_continued_equals_afresh(pair, family, monkeypatch):
     content = [{"type": "text", "text": "How many circles are there?"}]
     images = []
     if pair.encoder:
-        images = [draw(200, 150)]
+        images = [draw_picture(200, 150)]
         content.insert(0, {"type": "image"})
     messages = [{"role": "user", "content": content}]
     pair.engine.reserve(400, 1)
@@ -84,7 +84,7 @@ def test_text_after_image_equals_fresh_process(pair, family):
     tokens = tokenizer.encode_chat([{"role": "user", "content": "Say something long."}])
     expected = generate.generate(fresh, tokens, [], 20)
     image = tokenizer.encode_chat([{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]}])
-    generate.generate(pair.engine, image, [draw(120, 300)], 20)
+    generate.generate(pair.engine, image, [draw_picture(120, 300)], 20)
     after = generate.generate(pair.engine, tokens, [], 20)  # not even told to forget
     assert after["token_ids"] == expected["token_ids"]
 
@@ -93,10 +93,12 @@ def test_text_after_image_equals_fresh_process(pair, family):
 def test_same_text_with_another_image_is_not_continued(pair, family):
     pair = pair(family)
     tokens = pair.tokenizer.encode_chat([{"role": "user", "content": [{"type": "image"}]}])
-    first = generate.generate(pair.engine, tokens, [draw(224, 224, seed=1)], 12)
-    second = generate.generate(pair.engine, tokens, [draw(224, 224, seed=2)], 12)
+    first = generate.generate(pair.engine, tokens, [draw_picture(224, 224, seed=1)], 12)
+    second = generate.generate(pair.engine, tokens, [draw_picture(224, 224, seed=2)], 12)
     pair.engine.forget()
-    assert second["token_ids"] == generate.generate(pair.engine, tokens, [draw(224, 224, seed=2)], 12)["token_ids"]
+    assert (
+        second["token_ids"] == generate.generate(pair.engine, tokens, [draw_picture(224, 224, seed=2)], 12)["token_ids"]
+    )
     assert first["token_ids"] != second["token_ids"]
 
 
@@ -104,7 +106,7 @@ def test_images_of_a_conversation_are_encoded_once(pair, monkeypatch):
     pair = pair("qwen2.5-vl")
     calls, preprocess = [], pair.encoder.preprocess
     monkeypatch.setattr(pair.encoder, "preprocess", lambda image: calls.append(image) or preprocess(image))
-    images = [draw(100, 100, seed) for seed in (1, 2)]
+    images = [draw_picture(100, 100, seed) for seed in (1, 2)]
     tokens = pair.tokenizer.encode_chat([{"role": "user", "content": [{"type": "image"}]}] * 2)
     with torch.inference_mode():
         pair.engine.prompt(tokens, images)
@@ -149,7 +151,7 @@ def test_steps_beyond_a_stop_do_not_count(pair, monkeypatch):
     free = generate.generate(pair.engine, tokens, [], 24)["token_ids"]
     stop = free.index(free[10])
     decode = generate.decode
-    monkeypatch.setattr(generate, "decode", lambda *args: decode(*args[:3], 8, args[4])[: args[3] + 7])
+    monkeypatch.setattr(generate, "decode", lambda engine, pending, n, *rest: decode(engine, pending, n + 7, *rest))
     pair.engine.forget()
     result = generate.generate(pair.engine, tokens, [], 100, stop_ids={free[10]})
     assert result["token_ids"] == free[: stop + 1]
@@ -157,12 +159,15 @@ def test_steps_beyond_a_stop_do_not_count(pair, monkeypatch):
 
 
 def test_sampling():
-    logits = torch.tensor([1.0, 3.0, 2.0, 50.0])  # the last row is padding
-    assert sample(logits, 3, Sampling()).tolist() == [1]
+    logits = torch.tensor([[1.0, 3.0, 2.0, 50.0]])  # the last row is padding
+
+    def sample(times: int, **sampling) -> torch.Tensor:
+        return draw(probabilities(logits, 3, Sampling(**sampling)).expand(times, -1))
+
     torch.manual_seed(0)
-    drawn = torch.cat([sample(logits, 3, Sampling(temperature=1.0)) for _ in range(4000)])
-    expected = logits[:3].softmax(0)
-    assert torch.allclose(drawn.bincount(minlength=3) / 4000, expected, atol=0.03)
-    top = torch.cat([sample(logits, 3, Sampling(temperature=5.0, top_k=2)) for _ in range(500)])
-    assert set(top.tolist()) == {1, 2}
-    assert {sample(logits, 3, Sampling(temperature=5.0, top_k=1)).item() for _ in range(50)} == {1}
+    assert set(sample(1000).tolist()) == {1}
+    drawn = sample(100_000, temperature=1.0).bincount(minlength=3) / 100_000
+    assert torch.allclose(drawn, logits[0, :3].softmax(0), atol=0.01)
+    assert set(sample(1000, temperature=5.0, top_k=2).tolist()) == {1, 2}
+    assert set(sample(1000, temperature=5.0, top_k=1).tolist()) == {1}
+    assert set(sample(1000, temperature=5.0, top_k=100).tolist()) == {0, 1, 2}

@@ -1,0 +1,88 @@
+"""The scenes that the tiny models learn and are examined on: scripts/scenes.py."""
+
+import json
+import re
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from scripts.scenes import (
+    HELD_OUT_SEED,
+    SIZES,
+    VALIDATION_SEED,
+    held_out_questions,
+    make_scene,
+)
+from tokenizer import Tokenizer
+
+SCENES = [make_scene(seed) for seed in range(HELD_OUT_SEED, HELD_OUT_SEED + 300)]
+QUESTIONS = [question for scene in SCENES for question in scene.questions]
+TINY = Path(__file__).resolve().parent.parent / "checkpoints" / "tiny-qwen2.5-vl"
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2, 3, HELD_OUT_SEED + 7])
+def test_a_seed_always_gives_the_same_scene(seed):
+    first, second = make_scene(seed), make_scene(seed)
+    assert first.image.tobytes() == second.image.tobytes()
+    assert (first.caption, first.questions) == (second.caption, second.questions)
+
+
+def test_scenes_come_in_all_kinds_and_sizes():
+    assert {scene.kind for scene in SCENES} == {"shapes", "text", "bars"}
+    assert {scene.image.size for scene in SCENES} == set(SIZES)
+    assert all(side % 28 == 0 for size in SIZES for side in size)
+    assert all(max(size) > 112 for size in SIZES)  # more than one window of the encoder
+
+
+def test_captions_have_15_to_40_tokens():
+    counts = [count_tokens(scene.caption) for scene in SCENES]
+    assert 15 <= min(counts) and max(counts) <= 40
+
+
+def count_tokens(text: str) -> int:
+    if not (TINY / "tokenizer.model").exists():
+        return len(re.findall(r" (?=\d)|\d|[a-z]+|[.,:]", text, re.IGNORECASE))  # how the tokenizer splits, about
+    settings = json.loads((TINY / "params.json").read_text())["tokenizer"]
+    return len(Tokenizer(TINY / "tokenizer.model", settings).encode(text))
+
+
+def test_questions_have_answers():
+    assert all(scene.questions for scene in SCENES)
+    assert all(question.text and question.reply for question in QUESTIONS)
+    assert {question.kind for question in QUESTIONS} == {"what", "color", "count", "where", "read", "bar"}
+
+
+def test_options_hold_the_answer_once():
+    chosen = [question for question in QUESTIONS if question.options]
+    assert 0.2 < len(chosen) / len(QUESTIONS) < 0.5
+    assert all(len(set(q.options)) == len(q.options) and q.options.count(q.answer) == 1 for q in chosen)
+    letters = Counter(question.reply for question in chosen if len(question.options) == 4)
+    assert set(letters) == set("ABCD") and min(letters.values()) > sum(letters.values()) / 6
+
+
+def test_the_letter_stands_in_front_of_the_answer():
+    question = next(question for question in QUESTIONS if question.options)
+    assert f"({question.reply}) {question.answer}\n" in question.prompt
+    assert question.prompt.endswith("\n\nAnswer with the option's letter from the given choices directly.")
+
+
+def test_open_questions_are_asked_bare():
+    question = next(question for question in QUESTIONS if not question.options)
+    assert question.prompt == question.text and question.reply == question.answer
+
+
+def test_held_out_questions_need_the_image():
+    """No single answer is right often enough to pass for knowledge."""
+    asked = list(held_out_questions(500))
+    assert len(asked) == 500
+    replies = Counter(question.reply for _, question in asked)
+    assert replies.most_common(1)[0][1] < 100
+
+
+def test_training_never_sees_a_held_out_seed():
+    train_tiny = pytest.importorskip("scripts.train_tiny", exc_type=ImportError)
+    for family in train_tiny.FAMILIES.values():
+        for recipe in family.recipes.values():
+            seeds = train_tiny.batch_seeds(0, recipe.steps - 1)
+            assert max(seeds) < VALIDATION_SEED < HELD_OUT_SEED
