@@ -121,7 +121,8 @@ def draw(weights: Tensor) -> Tensor:
 
     argmax(w / Exponential(1)) is such a draw, and needs no synchronization with the host as multinomial does.
     """
-    return (weights / torch.empty_like(weights).exponential_(1).clamp_(min=1e-30)).argmax(-1)
+    exponential = -torch.rand_like(weights).log()
+    return (weights / exponential.clamp(min=1e-30)).argmax(-1)
 
 
 def decode(engine: Engine, pending: list[int], n: int, n_tokens: int, sampling: Sampling) -> tuple[Tensor, Tensor]:
@@ -349,83 +350,26 @@ def weight_bytes(model: nn.Module) -> int:
     return sum(p.numel() * p.element_size() for name, p in model.named_parameters() if name != "embedding.weight")
 
 
-REQUEST_TYPES = dict(
-    messages=list, prompt=(str, int), images=list, raw=bool, system=str, max_new_tokens=int, date_string=str
-)
-
-
-def read_request(request: dict, tokenizer: Tokenizer, n_tokens: int) -> tuple[list[int], list[Image.Image]]:
-    """Token ids and pictures of a request as --requests has them. Raises ValueError for what is wrong with it."""
-    if not isinstance(request, dict) or ("messages" in request) == ("prompt" in request):
-        raise ValueError("a request is an object that holds either messages or a prompt")
-    for name, value in request.items():
-        if not isinstance(value, REQUEST_TYPES.get(name, ())):
-            raise ValueError(f"no {name} of this kind in a request; known are {', '.join(REQUEST_TYPES)}")
-    if "messages" in request:
-        messages = request["messages"]
-        return tokenizer.encode_chat(messages, request.get("date_string")), find_images(messages)
-    prompt = request["prompt"]
-    images = [{"type": "image", "path": path} for path in request.get("images", [])]
-    if isinstance(prompt, int):
-        filler = torch.randint(n_tokens, (prompt,), generator=torch.Generator().manual_seed(0)).tolist()
-        filler = [0 if token == tokenizer.image_id else token for token in filler]
-        return tokenizer.encode_raw(images) + filler, find_images([{"content": images}])
-    if not prompt.strip():
-        raise ValueError("the prompt is empty")
-    content = place_images(prompt, images, tokenizer.image_id is not None)
-    if request.get("raw"):
-        return tokenizer.encode_raw(content), find_images([{"content": content}])
-    messages = [{"role": "user", "content": content}]
-    if "system" in request:
-        messages.insert(0, {"role": "system", "content": request["system"]})
-    return tokenizer.encode_chat(messages, request.get("date_string")), find_images(messages)
-
-
-def place_images(prompt: str, images: list[dict], takes_images: bool) -> list[dict]:
-    """A message: images stand where the prompt says <image>, else in front of it. ValueError for unequal numbers."""
-    texts = prompt.split("<image>")
-    if len(texts) == 1 or not takes_images:
-        return [*images, {"type": "text", "text": prompt}]
-    if len(texts) - 1 != len(images):
-        raise ValueError(f"the prompt has {len(texts) - 1} <image> placeholders, and {len(images)} images were given")
-    parts = [{"type": "text", "text": text} for text in texts]
-    return [parts[0], *(part for pair in zip(images, parts[1:]) for part in pair)]
-
-
-def find_images(messages: list[dict]) -> list[Image.Image]:
-    """The pictures of the messages' image parts, in order; each is read once, and stays in its part.
-
-    Raises ValueError for a part that names no file.
-    """
-    images = []
-    for message in messages:
-        for part in message["content"] if isinstance(message["content"], list) else []:
-            if part["type"] == "image":
-                if not isinstance(part.get("path", ""), str) or not part.keys() & {"path", "image"}:
-                    raise ValueError(f"an image part has no path: {str(part)[:60]}")
-                if "image" not in part:
-                    part["image"] = load_image(part["path"])
-                images.append(part["image"])
-    return images
-
-
-def answer(engine: Engine, tokenizer: Tokenizer, request: dict, args, show: Callable[[str], None]) -> dict:
-    """Answer one request; show() gets the text as it comes. Nothing of an earlier request is used."""
-    tokens, images = read_request(request, tokenizer, engine.model.args.n_tokens)
-    engine.forget()
+def answer(engine: Engine, tokenizer: Tokenizer, request: dict, args, show, said: list[int] | None = None) -> dict:
+    """Answer a request as --requests has them: show() gets the text as it comes, said the ids. Raises ValueError."""
+    tokens, parts = tokenizer.encode_request(request)
+    images = [part.setdefault("image", part.get("image") or load_image(part["path"])) for part in parts]
     stop_ids = frozenset() if isinstance(request.get("prompt"), int) else tokenizer.stop_ids
-    max_new_tokens = positive_int(request.get("max_new_tokens", args.max_new_tokens))
-    decoder, pieces = StreamDecoder(tokenizer), []
+    decoder, texts, said = StreamDecoder(tokenizer), [], [] if said is None else said
 
-    def push(ids: list[int]) -> None:
-        pieces.append(decoder.push(ids))
-        show(pieces[-1])
+    def push(text: str) -> None:
+        texts.append(text)
+        show(text)
 
+    def on_tokens(ids: list[int]) -> None:
+        said.extend(ids)
+        push(decoder.push(ids))
+
+    max_new_tokens = number(int, 1)(request.get("max_new_tokens", args.max_new_tokens))
     sampling = Sampling(args.temperature, args.top_k)
-    result = generate(engine, tokens, images, max_new_tokens, stop_ids, sampling, push)
-    pieces.append(decoder.flush())
-    show(pieces[-1])
-    return {"text": "".join(pieces), **result}
+    result = generate(engine, tokens, images, max_new_tokens, stop_ids, sampling, on_tokens)
+    push(decoder.flush())
+    return {"text": "".join(texts), **result}
 
 
 def report(result: dict, engine: Engine) -> None:
@@ -452,9 +396,10 @@ def write(text: str) -> None:
 
 
 def run_samples(engine: Engine, tokenizer: Tokenizer, request: dict, args) -> None:
-    """The text of each sample to stdout, or one JSON line a sample."""
+    """The text of each sample to stdout, or one JSON line a sample. Nothing of an earlier request is used."""
     for i in range(args.num_samples):
         torch.manual_seed(args.seed + i)
+        engine.forget()
         if i and not args.json:
             write("\n")
         result = answer(engine, tokenizer, request, args, (lambda text: None) if args.json else write)
@@ -465,9 +410,7 @@ def run_samples(engine: Engine, tokenizer: Tokenizer, request: dict, args) -> No
 def run_requests(engine: Engine, tokenizer: Tokenizer, args) -> int:
     """Answer the lines of a file in turn. A request that fails gives an error line; 2 if there was one."""
     status = 0
-    for line in args.requests.read_text().splitlines():
-        if not line.strip():
-            continue
+    for line in filter(str.strip, args.requests.read_text(encoding="utf-8").split("\n")):
         try:
             run_samples(engine, tokenizer, json.loads(line), args)
         except (ValueError, OSError) as error:
@@ -477,12 +420,12 @@ def run_requests(engine: Engine, tokenizer: Tokenizer, args) -> int:
 
 
 def chat(engine: Engine, tokenizer: Tokenizer, args) -> None:
-    """A conversation on stdin and stdout; the caches keep what was said."""
+    """A conversation on stdin and stdout; the caches keep what was said, of an answer that Ctrl-C stopped too."""
     log("/image PATH adds an image to the next message, /reset forgets, /quit leaves, Ctrl-C stops an answer")
     system = [{"role": "system", "content": args.system}] if args.system else []
-    messages, images = list(system), [{"type": "image", "path": path} for path in args.image]
+    messages, images, said = list(system), [{"type": "image", "path": path} for path in args.image], []
     torch.manual_seed(args.seed)
-    while (line := args.prompt or read_line()) is not None:
+    while line := args.prompt or read_line():
         args.prompt = None
         command, _, rest = line.strip().partition(" ")
         try:
@@ -492,54 +435,40 @@ def chat(engine: Engine, tokenizer: Tokenizer, args) -> None:
                 messages, images = list(system), []
                 engine.forget()
             elif command == "/image":
-                images.append({"type": "image", "image": load_image(rest.strip())})
+                images.append({"type": "image", "path": rest.strip(), "image": load_image(rest.strip())})
             elif command:
-                content = place_images(line.rstrip("\n"), images, tokenizer.image_id is not None)
-                turn = reply(engine, tokenizer, [*messages, {"role": "user", "content": content}], args)
-                messages, images = turn, []
+                content = tokenizer.place_images(line.rstrip("\n"), images)
+                asked, said = [*messages, {"role": "user", "content": content}], []
+                with contextlib.suppress(KeyboardInterrupt):
+                    report(answer(engine, tokenizer, {"messages": asked}, args, write, said), engine)
+                write("\n")
+                ids = [token for token in said if token not in tokenizer.stop_ids]
+                messages = [*asked, {"role": "assistant", "content": [{"type": "tokens", "ids": ids}]}]
+                images = []
         except (ValueError, OSError) as error:
             log(one_line(error))
 
 
-def read_line() -> str | None:
-    """None at the end of the input."""
+def read_line() -> str:
+    """A line of the user's; empty at the end of the input."""
     while True:
         print("> ", end="", file=sys.stderr, flush=True)
         try:
-            return sys.stdin.readline() or None
+            return sys.stdin.readline()
         except KeyboardInterrupt:
             log(" (/quit leaves)")
 
 
-def reply(engine: Engine, tokenizer: Tokenizer, messages: list[dict], args) -> list[dict]:
-    """The conversation with the model's reply, of which Ctrl-C leaves what was said so far."""
-    decoder, ids = StreamDecoder(tokenizer), []
+def number(kind: type, least, most=float("inf")) -> Callable:
+    """For flags: reads a number of that kind, within these bounds; ValueError for others."""
 
-    def push(new: list[int]) -> None:
-        ids.extend(new)
-        write(decoder.push(new))
+    def read(text):
+        if not least <= kind(text) <= most or kind(text) == float("inf"):
+            raise ValueError(f"{text} is not a number from {least} to {most}")
+        return kind(text)
 
-    sampling = Sampling(args.temperature, args.top_k)
-    tokens, images = tokenizer.encode_chat(messages), find_images(messages)
-    try:
-        report(generate(engine, tokens, images, args.max_new_tokens, tokenizer.stop_ids, sampling, push), engine)
-    except KeyboardInterrupt:
-        log(" (stopped)")
-    write(decoder.flush() + "\n")
-    said = [token for token in ids if token not in tokenizer.stop_ids]
-    return [*messages, {"role": "assistant", "content": [{"type": "tokens", "ids": said}]}]
-
-
-def positive_int(value) -> int:
-    if int(value) < 1:
-        raise ValueError(f"{value} is not a positive number")
-    return int(value)
-
-
-def temperature(value: str) -> float:
-    if not 0 <= float(value) < float("inf"):
-        raise ValueError
-    return float(value)
+    read.__name__ = f"number from {least} to {most}"  # what argparse calls it
+    return read
 
 
 def one_line(error: BaseException) -> str:
@@ -551,29 +480,25 @@ class Parser(argparse.ArgumentParser):
         raise ValueError(f"{message} (--help lists the flags)")
 
 
-def ratio(value: str) -> float:
-    if not 0 <= float(value) < 1:
-        raise ValueError
-    return float(value)
-
-
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
     """The flags that generate.py and evaluate.py share."""
     parser.add_argument("--checkpoint_path", type=Path, default=DEFAULT_CHECKPOINT, help="a converted model.pth")
     parser.add_argument("--draft_checkpoint_path", type=Path, help="a smaller model of the same tokenizer that guesses")
-    parser.add_argument("--speculate_k", type=positive_int, default=5, help="guesses of the draft a step")
+    parser.add_argument("--speculate_k", type=number(int, 1), default=5, help="guesses of the draft a step")
     parser.add_argument("--mm_prune_method", choices=["random", "structured"], default="structured")
-    parser.add_argument("--mm_prune_ratio", type=ratio, default=0.0, help="visual tokens that the draft does not see")
+    parser.add_argument(
+        "--mm_prune_ratio", type=number(float, 0, 1), default=0.0, help="the part that the draft does not see"
+    )
     parser.add_argument("--draft_device", help="default: --device")
-    parser.add_argument("--draft_max_cache_size", type=positive_int, help="tokens; default: as many as needed")
+    parser.add_argument("--draft_max_cache_size", type=number(int, 1), help="tokens; default: as many as needed")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=["bfloat16", "float32", "float16"], default="bfloat16")
     parser.add_argument("--compile", action="store_true", help="compile the decode step")
     parser.add_argument("--compile_prefill", action="store_true", help="compile the encoder and prefill too")
-    parser.add_argument("--max_cache_size", type=positive_int, help="tokens; default: as many as needed")
-    parser.add_argument("--max_new_tokens", type=positive_int, default=200)
-    parser.add_argument("--temperature", type=temperature, default=0.0, help="0: always the most likely token")
-    parser.add_argument("--top_k", type=positive_int, help="sample among the k most likely tokens only")
+    parser.add_argument("--max_cache_size", type=number(int, 1), help="tokens; default: as many as needed")
+    parser.add_argument("--max_new_tokens", type=number(int, 1), default=200)
+    parser.add_argument("--temperature", type=number(float, 0), default=0.0, help="0: always the most likely token")
+    parser.add_argument("--top_k", type=number(int, 1), help="sample among the k most likely tokens only")
     parser.add_argument("--seed", type=int, default=1234)
 
 
@@ -585,7 +510,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--system", help="the system prompt")
     parser.add_argument("--raw", action="store_true", help="the prompt goes in verbatim, without a chat template")
     parser.add_argument("--interactive", action="store_true", help="a chat with memory")
-    parser.add_argument("--num_samples", type=positive_int, default=1)
+    parser.add_argument("--num_samples", type=number(int, 1), default=1)
     parser.add_argument("--json", action="store_true", help="one JSON line a sample instead of text")
     parser.add_argument("--requests", type=Path, help="a file of requests, one JSON object a line; implies --json")
     parser.add_argument("--profile", type=Path, help="write a Chrome trace of the run to this file")

@@ -5,6 +5,7 @@ stop tokens. Knows nothing of tensors, images (each is one token here) or comman
 """
 
 import codecs
+import random
 import re
 import unicodedata
 from collections.abc import Iterable, Sequence
@@ -17,6 +18,15 @@ import sentencepiece
 
 Part = int | str  # a piece of a prompt: a token id, or text that is still to be encoded
 Turn = tuple[str, list[Part]]  # role, content
+REQUEST_TYPES = {  # what --requests may say
+    "messages": list,
+    "prompt": (str, int),
+    "images": list,
+    "raw": bool,
+    "system": str,
+    "max_new_tokens": int,
+    "date_string": str,
+}
 MARKUP_TOKEN = re.compile(r"(<\|\w+\|>|<image>|</?s>)")  # a special token in the strings of CHAT_FORMATS
 
 
@@ -183,6 +193,46 @@ class Tokenizer:
         same_kind = self.settings["type"] == other.settings["type"]
         return same_kind and self.pieces.id_to_piece(ids) == other.pieces.id_to_piece(ids)
 
+    def encode_request(self, request: dict) -> tuple[list[int], list[dict]]:
+        """Ids of a request, {"messages": [...]} or {"prompt", "images", "raw", "system"}, and its image parts in order.
+
+        A prompt that is a number N becomes N arbitrary ids. Raises ValueError for what is wrong with the request.
+        """
+        if not isinstance(request, dict) or ("messages" in request) == ("prompt" in request):
+            raise ValueError("a request is an object that holds either messages or a prompt")
+        for name, value in request.items():
+            if not isinstance(value, REQUEST_TYPES.get(name, ())):
+                raise ValueError(f"no {name} of this kind in a request; known are {', '.join(REQUEST_TYPES)}")
+        if "messages" in request:
+            ids = self.encode_chat(request["messages"], request.get("date_string"))
+            return ids, find_images(request["messages"])
+        prompt, images = request["prompt"], [{"type": "image", "path": path} for path in request.get("images", [])]
+        if isinstance(prompt, int):
+            names = random.Random(0).choices(sorted(set(range(self.settings["n_tokens"])) - self.silent), k=prompt)
+            return self.encode_raw(images) + names, images
+        if not prompt.strip():
+            raise ValueError("the prompt is empty")
+        content = self.place_images(prompt, images)
+        messages = [{"role": "user", "content": content}]
+        if request.get("raw"):
+            return self.encode_raw(content), find_images(messages)
+        if "system" in request:
+            messages.insert(0, {"role": "system", "content": request["system"]})
+        return self.encode_chat(messages, request.get("date_string")), find_images(messages)
+
+    def place_images(self, prompt: str, images: list[dict]) -> list[dict]:
+        """A message's parts: images stand where the prompt says <image>, else in front of it.
+
+        For a model without images `<image>` is text. Raises ValueError for unequal numbers.
+        """
+        texts = prompt.split("<image>")
+        if len(texts) == 1 or self.image_id is None:
+            return [*images, {"type": "text", "text": prompt}]
+        if len(texts) - 1 != len(images):
+            raise ValueError(f"the prompt has {len(texts) - 1} <image> placeholders for {len(images)} images")
+        parts = [{"type": "text", "text": text} for text in texts]
+        return [parts[0], *(part for pair in zip(images, parts[1:], strict=True) for part in pair)]
+
     def encode_raw(self, content: str | list[dict]) -> list[int]:
         """Ids of a prompt as it is: text, or parts as in encode_chat. BOS in front where the model's tokenizer adds it.
 
@@ -277,6 +327,16 @@ class Tokenizer:
         """Neighbouring texts are encoded as one, as if they had been written in one string."""
         runs = [(text, list(run)) for text, run in groupby(parts, key=lambda part: isinstance(part, str))]
         return [token for text, run in runs for token in (self.encode("".join(run)) if text else run)]
+
+
+def find_images(messages: Sequence[dict]) -> list[dict]:
+    """The image parts of messages, in order. Raises ValueError for one that names no file."""
+    contents = [message["content"] for message in messages if isinstance(message["content"], list)]
+    parts = [part for content in contents for part in content if part["type"] == "image"]
+    for part in parts:
+        if not isinstance(part.get("path"), str):
+            raise ValueError(f"an image part has no path: {str(part)[:60]}")
+    return parts
 
 
 def is_text(content: list[Part]) -> bool:

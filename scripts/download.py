@@ -1,6 +1,6 @@
 """Download what the converter needs of a model from the hub: weights, tokenizer, configuration, chat template.
 
-    python scripts/download.py --repo_id Qwen/Qwen2.5-VL-3B-Instruct --download_dir checkpoints [--hf_token T]
+python scripts/download.py --repo_id Qwen/Qwen2.5-VL-3B-Instruct --download_dir checkpoints [--hf_token T]
 """
 
 import argparse

@@ -14,10 +14,10 @@ from scripts.convert_hf_checkpoint import convert
 from tests import hub
 
 MAKERS = {
-    "qwen2": lambda folder: hub.make_qwen_text(folder, tied=False),
-    "qwen2.5-tied": lambda folder: hub.make_qwen_text(folder, tied=True),
-    "qwen2.5-vl": lambda folder: hub.make_qwen_vl(folder, tied=True),
-    "qwen2.5-vl-untied": lambda folder: hub.make_qwen_vl(folder, tied=False),
+    "qwen2": lambda folder, seed: hub.make_qwen_text(folder, tied=False, seed=seed),
+    "qwen2.5-tied": lambda folder, seed: hub.make_qwen_text(folder, tied=True, seed=seed),
+    "qwen2.5-vl": lambda folder, seed: hub.make_qwen_vl(folder, tied=True, seed=seed),
+    "qwen2.5-vl-untied": lambda folder, seed: hub.make_qwen_vl(folder, tied=False, seed=seed),
 }
 
 
@@ -37,7 +37,8 @@ def pair(tmp_path_factory):
 
     def get(name: str) -> Pair:
         if name not in made:
-            folder, reference = MAKERS[name](tmp_path_factory.mktemp("hub") / name)
+            family, _, other = name.partition(":")  # "qwen2:other": the same shape, other weights
+            folder, reference = MAKERS[family](tmp_path_factory.mktemp("hub") / family, seed=1 if other else 0)
             convert(folder)
             made[name] = Pair(folder, reference)
         made[name].engine.forget()

@@ -33,7 +33,7 @@ SENTENCE = (
 )
 
 
-def make_tokenizer(specials: list[str]) -> Tokenizer:
+def make_tokenizer(specials: list[str], text: str = SENTENCE) -> Tokenizer:
     """A byte-level BPE with Qwen's normalizer and split, special tokens after the vocabulary."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
@@ -46,7 +46,7 @@ def make_tokenizer(specials: list[str]) -> Tokenizer:
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, show_progress=False)
-    tokenizer.train_from_iterator([SENTENCE] * 3, trainer)
+    tokenizer.train_from_iterator([text] * 3, trainer)
     tokenizer.add_special_tokens(specials)
     return tokenizer
 
@@ -79,9 +79,9 @@ def save_hub(folder: Path, state: dict, config: dict, tokenizer: Tokenizer, temp
     return folder
 
 
-def make_qwen_text(folder: Path, tied: bool, seed: int = 0, dtype: torch.dtype = torch.float32):
+def make_qwen_text(folder: Path, tied: bool, seed: int = 0, dtype: torch.dtype = torch.float32, text: str = SENTENCE):
     """Qwen2 / Qwen2.5: the two differ in nothing but numbers."""
-    tokenizer = make_tokenizer(QWEN_SPECIALS)
+    tokenizer = make_tokenizer(QWEN_SPECIALS, text)
     config = {
         "hidden_size": 64,
         "intermediate_size": 96,

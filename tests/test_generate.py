@@ -16,6 +16,7 @@ from PIL import Image
 
 import generate
 from tests.conftest import draw
+from vision import load_image
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -145,7 +146,7 @@ def test_interactive(run, pair, pictures, monkeypatch):
     content = [{"type": "image", "path": str(pictures["square"])}, {"type": "text", "text": "What?"}]
     messages, expected = [{"role": "user", "content": content}], []
     for question in ("And then?", None):
-        tokens, images = pair.tokenizer.encode_chat(messages), generate.find_images(messages)
+        tokens, images = pair.tokenizer.encode_chat(messages), [load_image(pictures["square"])]
         pair.engine.forget()
         ids = generate.generate(pair.engine, tokens, images, 8, pair.tokenizer.stop_ids)["token_ids"]
         expected.append(pair.tokenizer.decode(ids))
@@ -176,7 +177,7 @@ def test_interrupt_stops_the_answer_and_not_the_program(run, monkeypatch):
 
     monkeypatch.setattr(generate, "decode", interrupted)
     status, out, err = converse(run, monkeypatch, ["What?", "And then?", "/quit"])
-    assert status == 0 and "(stopped)" in err and len(calls) > 4
+    assert status == 0 and len(calls) > 4 and out.count("\n") >= 2
 
 
 def test_growing_conversation_outgrows_the_cache(run, monkeypatch):
@@ -247,6 +248,10 @@ def test_bad_image(run, tmp_path, kind):
         (["--prompt", "Hi", "--top_k", "0"], "--top_k"),
         (["--prompt", "Hi", "--max_new_tokens", "0"], "--max_new_tokens"),
         (["--prompt", "Hi", "--num_samples", "0"], "--num_samples"),
+        (["--prompt", "Hi", "--mm_prune_ratio", "1.5"], "--mm_prune_ratio"),
+        (["--prompt", "Hi", "--mm_prune_method", "nice"], "--mm_prune_method"),
+        (["--prompt", "Hi", "--speculate_k", "0"], "--speculate_k"),
+        (["--prompt", "Hi", "--draft_checkpoint_path", "nowhere.pth"], "nowhere.pth"),
         (["--prompt", "Hi", "--max_cache_size", "-5"], "--max_cache_size"),
         (["--prompt", "Hi", "--surprise"], "--surprise"),
         (["--requests", "nowhere.jsonl"], "nowhere.jsonl"),

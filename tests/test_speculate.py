@@ -1,0 +1,324 @@
+"""A draft changes how fast the target speaks, and never what it says."""
+
+import itertools
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import generate
+from generate import Sampling, accept, draw
+from scripts.convert_hf_checkpoint import convert
+from tests import hub
+from tests.conftest import draw as draw_picture
+from vision import Pruning, survivors
+
+TEXT_FAMILIES = ["qwen2", "qwen2.5-tied"]
+VL_FAMILIES = ["qwen2.5-vl"]
+RATIOS = [0.1, 0.25, 0.5, 0.75, 0.9, 0.99]
+PRUNINGS = [None, *(Pruning(method, ratio, 7) for method in ("random", "structured") for ratio in RATIOS)]
+
+
+@pytest.fixture
+def with_draft(pair, monkeypatch):
+    """The engine of a family, drafted by another checkpoint ('itself' shares the weights, not the caches)."""
+
+    def get(family: str, draft: str, k: int = 5, pruning: Pruning | None = None):
+        target = pair(family)
+        name = family if draft == "itself" else draft
+        engine = generate.load(pair(name).path, "cpu", torch.float32)[0]
+        engine.pruning = pruning
+        monkeypatch.setattr(target.engine, "draft", engine)
+        monkeypatch.setattr(target.engine, "speculate_k", k)
+        return target
+
+    return get
+
+
+def ask(pair, text: str = "How many circles are there?") -> tuple[list[int], list]:
+    """A question, with a picture for a model that sees."""
+    parts = [{"type": "text", "text": text}]
+    images = [draw_picture(200, 150)] if pair.encoder else []
+    return pair.tokenizer.encode_chat([{"role": "user", "content": [{"type": "image"}] * len(images) + parts}]), images
+
+
+def without_draft(pair, *args) -> dict:
+    """The same request, answered by the target alone."""
+    draft, pair.engine.draft = pair.engine.draft, None
+    pair.engine.forget()
+    result = generate.generate(pair.engine, *args)
+    pair.engine.draft = draft
+    pair.engine.forget()
+    return result
+
+
+PAIRS = [(family, draft) for family in (*TEXT_FAMILIES, *VL_FAMILIES) for draft in ("itself", f"{family}:other")]
+PAIRS += [("qwen2.5-vl", "qwen2"), ("qwen2", "qwen2.5-vl")]  # a draft that sees nothing, and one that could
+
+
+@pytest.mark.parametrize("family, draft", PAIRS)
+def test_greedy_with_a_draft_is_greedy_without(with_draft, family, draft):
+    pair = with_draft(family, draft)
+    question = ask(pair)
+    expected = without_draft(pair, *question, 16, pair.tokenizer.stop_ids)
+    prunings = PRUNINGS if pair.encoder and pair.engine.draft.encoder else [None]
+    for pruning, k in itertools.product(prunings, (1, 2, 5, 8)):
+        pair.engine.draft.pruning, pair.engine.speculate_k = pruning, k
+        pair.engine.forget()
+        result = generate.generate(pair.engine, *question, 16, pair.tokenizer.stop_ids)
+        assert result["token_ids"] == expected["token_ids"], (pruning, k)
+        assert pair.engine.held[-10:] == expected["token_ids"][-11:-1]
+        if draft == "itself" and pruning is None:
+            assert sum(result["accept_counts"][1:]) == 15 // (k + 1) + (15 % (k + 1) > 1), "all guesses are accepted"
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen2.5-vl"])
+def test_a_draft_equal_to_the_target_accepts_everything(with_draft, family):
+    """Greedy and sampled: 1 token of the prefill, then k guesses and one more a step."""
+    pair = with_draft(family, "itself", k=4)
+    for sampling in (Sampling(), Sampling(temperature=0.8)):
+        pair.engine.forget()
+        result = generate.generate(pair.engine, *ask(pair), 21, frozenset(), sampling)
+        assert result["accept_counts"] == [0, 0, 0, 0, 4], sampling
+        assert len(result["token_ids"]) == 21
+
+
+@pytest.mark.parametrize("n_new", range(1, 14))
+def test_length_is_exact_and_the_last_step_shortens_itself(with_draft, n_new):
+    pair = with_draft("qwen2", "itself", k=4)
+    result = generate.generate(pair.engine, *ask(pair), n_new)
+    assert len(result["token_ids"]) == n_new and result["finish_reason"] == "length"
+    assert sum(result["accept_counts"][1:]) == (n_new - 1 - (n_new % 5 == 2)) // 5 + (n_new % 5 not in (1, 2))
+
+
+@pytest.mark.parametrize("draft", ["itself", "qwen2:other"])
+@pytest.mark.parametrize("place", range(0, 14))
+def test_stop_token_anywhere_in_an_accepted_run(with_draft, place, draft):
+    """At its start, inside and at its end: text, counts and caches end there."""
+    pair = with_draft("qwen2", draft, k=4)
+    tokens, images = ask(pair)
+    free = without_draft(pair, tokens, images, 24)["token_ids"]
+    end = free.index(free[place])  # the first place where this token stands
+    result = generate.generate(pair.engine, tokens, images, 24, {free[place]})
+    assert result["token_ids"] == free[: end + 1] and result["finish_reason"] == "stop"
+    assert pair.engine.held == tokens + free[:end]
+    held = pair.engine.draft.held
+    assert held == (tokens + free)[: len(held)] and len(held) <= len(tokens) + end
+    guessed = sum(n * count for n, count in enumerate(result["accept_counts"]))
+    assert guessed <= end
+
+
+@pytest.mark.parametrize("family, draft", [("qwen2", "qwen2:other"), ("qwen2.5-vl", "qwen2.5-vl:other")])
+@pytest.mark.parametrize("pruning", [None, Pruning("structured", 0.5), Pruning("random", 0.75, 3)])
+def test_conversation(with_draft, family, draft, pruning):
+    """Several turns, an image in the first: the caches of target and draft are continued, not filled anew."""
+    pair = with_draft(family, draft, 3, pruning)
+    content = [{"type": "image"}] * (pair.encoder is not None) + [{"type": "text", "text": "How many?"}]
+    images = [draw_picture(200, 150)] if pair.encoder else []
+    messages = [{"role": "user", "content": content}]
+    for turn in range(3):
+        tokens = pair.tokenizer.encode_chat(messages)
+        result = generate.generate(pair.engine, tokens, images, 12, pair.tokenizer.stop_ids)
+        kept = pair.engine.held, pair.engine.draft.held
+        expected = without_draft(pair, tokens, images, 12, pair.tokenizer.stop_ids)
+        assert result["token_ids"] == expected["token_ids"], turn
+        pair.engine.held, pair.engine.draft.held = [], []  # the comparison has overwritten the caches
+        generate.generate(pair.engine, tokens, images, 12, pair.tokenizer.stop_ids)
+        assert (pair.engine.held, pair.engine.draft.held) == kept
+        said = [token for token in result["token_ids"] if token not in pair.tokenizer.stop_ids]
+        reply = {"role": "assistant", "content": [{"type": "tokens", "ids": said}]}
+        messages += [reply, {"role": "user", "content": "And then?"}]
+
+
+@pytest.mark.parametrize("target_slots, draft_slots", [(None, 70), (75, None), (75, 70), (70, 75)])
+def test_caches_do_not_overflow(with_draft, target_slots, draft_slots):
+    """Whichever cache ends first: the target speaks to its own end, without the draft if need be."""
+    pair = with_draft("qwen2", "itself", k=8)
+    tokens, images = ask(pair)
+    assert len(tokens) < 70
+    free = without_draft(pair, tokens, images, 60)["token_ids"]
+    for engine, slots in ((pair.engine, target_slots), (pair.engine.draft, draft_slots)):
+        engine.max_cache_size = slots
+        engine.model.setup_caches(slots or 512)
+    result = generate.generate(pair.engine, tokens, images, 60)
+    pair.engine.max_cache_size = None
+    assert len(result["token_ids"]) == min(60, (target_slots or 1000) - len(tokens) + 1)
+    assert result["token_ids"] == free[: len(result["token_ids"])]
+
+
+def test_seed_makes_a_sampled_run_repeatable(with_draft):
+    pair = with_draft("qwen2.5-vl", "qwen2.5-vl:other", 4, Pruning("random", 0.5, 11))
+    texts = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        pair.engine.forget()
+        texts.append(generate.generate(pair.engine, *ask(pair), 24, frozenset(), Sampling(1.0, 50))["token_ids"])
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_pruning_reaches_the_draft_only(with_draft):
+    pair = with_draft("qwen2.5-vl", "qwen2.5-vl:other", 4, Pruning("structured", 0.75))
+    result = generate.generate(pair.engine, *ask(pair), 8)
+    n = result["n_visual_tokens"]
+    assert result["draft_n_visual_tokens"] == n - round(n * 0.75)
+    full = pair.engine.prompt(*ask(pair))
+    pruned = pair.engine.draft.prompt(*ask(pair))
+    assert len(pruned) == len(full) - round(n * 0.75) and pruned.next_pos == full.next_pos
+    image = pair.model.args.image_token_id
+    text = full.rope_pos[full.tokens != image]
+    assert torch.equal(text, pruned.rope_pos[pruned.tokens != image]), "text stays where it was"
+    kept = survivors(n, Pruning("structured", 0.75))
+    assert torch.equal(full.rope_pos[full.image_mask][kept], pruned.rope_pos[pruned.image_mask])
+
+
+def test_survivors_count_and_spacing():
+    """SPEC: of N tokens max(1, N - round(N * r)) are kept, whatever the method."""
+    ratios = [round(0.05 * i, 2) for i in range(20)]
+    for n, ratio in itertools.product((*range(1, 200), *range(200, 3001, 7), 3000), ratios):
+        expected = max(1, n - round(n * ratio))
+        kept = survivors(n, Pruning("structured", ratio))
+        assert len(kept) == expected and 0 <= kept[0] and kept[-1] < n
+        gaps = kept.diff()
+        assert len(gaps) == 0 or (gaps.min() >= 1 and gaps.max() - gaps.min() <= 1), "evenly spaced"
+        if n % 50 == 0:
+            random = survivors(n, Pruning("random", ratio, 3))
+            assert len(random) == expected and torch.equal(random, random.unique())
+            assert torch.equal(random, survivors(n, Pruning("random", ratio, 3)))
+    assert not torch.equal(survivors(100, Pruning("random", 0.5, 3)), survivors(100, Pruning("random", 0.5, 4)))
+    assert torch.equal(survivors(100, None), torch.arange(100))
+
+
+# ---- the distribution ----------------------------------------------------------------------------------------------
+
+N_SAMPLES, VOCABULARY, K = 200_000, 6, 2
+
+
+def chi_square_p(counts: torch.Tensor, expected: torch.Tensor) -> float:
+    """The probability of counts at least this far from the expected ones."""
+    statistic = ((counts - expected) ** 2 / expected).sum().double()
+    return torch.special.gammaincc(torch.tensor((counts.numel() - 1) / 2).double(), statistic / 2).item()
+
+
+def sample_three(rule, p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+    """[N_SAMPLES, 3] tokens of a Markov chain p [V, V] that starts at token 0, spoken with draft q by a rule."""
+    tokens = torch.zeros(N_SAMPLES, 1 + 3 + K + 1, dtype=torch.long)
+    length = torch.ones(N_SAMPLES, 1, dtype=torch.long)
+    judge = torch.vmap(rule, randomness="different")
+    while length.min() < 4:
+        guesses, last = [], tokens.gather(1, length - 1)[:, 0]
+        for _ in range(K):
+            guesses.append(draw(q[guesses[-1] if guesses else last]))
+        context = torch.stack((last, *guesses), dim=1)
+        new, n = judge(torch.stack(guesses, dim=1), q[context[:, :-1]], p[context])
+        room = length.clamp(max=4)
+        tokens.scatter_(1, room + torch.arange(K + 1), new)  # what follows the n + 1st is overwritten by the next
+        length = torch.where(length < 4, length + n + 1, length)
+    return tokens[:, 1:4]
+
+
+def p_value(rule, p: torch.Tensor, q: torch.Tensor) -> float:
+    three = sample_three(rule, p, q)
+    counts = (three * torch.tensor([VOCABULARY**2, VOCABULARY, 1])).sum(1).bincount(minlength=VOCABULARY**3)
+    expected = p[0][:, None, None] * p[:, :, None] * p[None]
+    return chi_square_p(counts, expected.flatten() * N_SAMPLES)
+
+
+def chains() -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(5)
+    logits = torch.randn(VOCABULARY, VOCABULARY, generator=generator)
+    near = logits + 0.5 * torch.randn(VOCABULARY, VOCABULARY, generator=generator)
+    bad = F.one_hot(logits.argmin(-1), VOCABULARY) * 20.0 + torch.randn(VOCABULARY, VOCABULARY, generator=generator)
+    drafts = {"itself": logits, "near": near, "bad": bad, "uniform": torch.zeros_like(logits)}
+    return logits.softmax(-1), {name: draft.softmax(-1) for name, draft in drafts.items()}
+
+
+@pytest.mark.parametrize("draft", ["itself", "near", "bad", "uniform"])
+def test_sampling_with_a_draft_is_sampling_without(draft):
+    torch.manual_seed(0)
+    p, drafts = chains()
+    assert p_value(accept, p, drafts[draft]) > 0.01
+
+
+def accept_always(guesses, q, p):
+    return F.pad(guesses, (0, 1)).index_copy(0, torch.tensor([K]), draw(p[-1:])), torch.tensor([K])
+
+
+def accept_without_residual(guesses, q, p):
+    """The mistake of drawing the replacement from p instead of max(p - q, 0)."""
+    stays = torch.rand(K) < (p[:-1].gather(1, guesses[:, None]) / q.gather(1, guesses[:, None]))[:, 0]
+    n = stays.long().cumprod(0).sum(0, keepdim=True)
+    return F.pad(guesses, (0, 1)).index_copy(0, n, draw(p.index_select(0, n))), n
+
+
+@pytest.mark.parametrize("rule", [accept_always, accept_without_residual])
+def test_a_broken_rule_is_noticed(rule):
+    torch.manual_seed(0)
+    p, drafts = chains()
+    assert p_value(rule, p, drafts["near"]) < 1e-6
+
+
+def test_whole_step_samples_the_target(monkeypatch):
+    """The plumbing around the rule, with two Markov chains for models and vocabularies of different size."""
+    p, drafts = chains()
+
+    class Chain:
+        def __init__(self, table, rows):
+            self.args = type("Args", (), {"n_tokens": rows})()
+            self.table, self.norm = F.pad(table[:, :rows], (0, 3), value=9.0), torch.nn.LayerNorm(1)
+
+        def __call__(self, tokens, input_pos):
+            return self.table[tokens]
+
+    def engine(table, rows):
+        chain = Chain(table, rows)
+        return generate.Engine(chain, None, chain)
+
+    target, draft = engine(p.log(), VOCABULARY), engine(drafts["near"].log(), VOCABULARY - 1)
+    target.draft, counts = draft, torch.zeros(VOCABULARY)
+    torch.manual_seed(0)
+    for _ in range(3000):
+        new, _ = generate.speculate(target, 0, [0], 2, Sampling(1.0), [])
+        counts[new[0]] += 1
+    assert chi_square_p(counts, p[0] * 3000) > 0.01
+
+
+# ---- the command line ----------------------------------------------------------------------------------------------
+
+
+def run_program(capsys, *flags) -> tuple[int, str, str]:
+    status = generate.main(["--device", "cpu", "--dtype", "float32", "--max_new_tokens", "12", *map(str, flags)])
+    streams = capsys.readouterr()
+    return status, streams.out, streams.err
+
+
+def test_draft_on_the_command_line(pair, capsys, pictures):
+    target, draft = pair("qwen2.5-vl").path, pair("qwen2.5-vl:other").path
+    flags = ["--checkpoint_path", target, "--image", pictures["square"], "--prompt", "Hi", "--json"]
+    alone = json.loads(run_program(capsys, *flags)[1])
+    flags += ["--draft_checkpoint_path", draft, "--speculate_k", 3, "--mm_prune_ratio", 0.5, "--draft_device", "cpu"]
+    status, out, err = run_program(capsys, *flags, "--mm_prune_method", "random")
+    drafted = json.loads(out)
+    assert status == 0 and drafted["token_ids"] == alone["token_ids"] and "accepted" in err
+    assert (alone["n_visual_tokens"], drafted["draft_n_visual_tokens"]) == (64, 32)
+    assert len(drafted["accept_counts"]) == 4
+    assert drafted["mean_accepted"] == sum(i * n for i, n in enumerate(drafted["accept_counts"])) / sum(
+        drafted["accept_counts"]
+    )
+
+
+def test_a_draft_with_another_tokenizer_is_refused(pair, capsys, tmp_path):
+    folder, _ = hub.make_qwen_text(
+        tmp_path / "other", tied=False, text="Zwölf laxe Typen qualmen verdächtig süße Objekte."
+    )
+    convert(folder)
+    flags = ["--checkpoint_path", pair("qwen2").path, "--draft_checkpoint_path", folder / "model.pth", "--prompt", "Hi"]
+    status, out, err = run_program(capsys, *flags)
+    assert (status, out, err.count("\n")) == (2, "", 1) and "another tokenizer" in err
+
+
+def test_a_prompt_too_long_for_the_draft_is_refused(pair, capsys):
+    path = pair("qwen2").path
+    flags = ["--checkpoint_path", path, "--draft_checkpoint_path", path, "--draft_max_cache_size", 20, "--prompt", 40]
+    status, out, err = run_program(capsys, *flags)
+    assert status == 2 and "--draft_max_cache_size" in err
