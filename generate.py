@@ -54,6 +54,10 @@ class Engine:
     def device(self) -> torch.device:
         return self.model.norm.weight.device
 
+    @property
+    def free_slots(self) -> int:
+        return self.model.n_slots - len(self.held)
+
     def prompt(self, tokens: list[int], images: list[Image.Image]) -> Prompt:
         image_id = self.model.args.image_token_id
         return build_prompt(tokens, images, self.encoder, image_id, self.device, self.encoded, self.pruning)
@@ -73,8 +77,9 @@ class Engine:
             what = "context" if limit == context else "cache (--max_cache_size, --draft_max_cache_size)"
             raise ValueError(f"the prompt has {n_prompt} tokens, the {what} holds {limit}")
         n_new = min(max_new_tokens, limit - n_prompt + 1)  # the last token is never put into the cache
-        if n_prompt + n_new - 1 > self.model.n_slots:
-            bucket = -(-(n_prompt + n_new - 1) // CACHE_BUCKET) * CACHE_BUCKET
+        n_slots = min(n_prompt + n_new - 1 + self.speculate_k, limit)  # the last step may guess past the end
+        if n_slots > self.model.n_slots:
+            bucket = -(-n_slots // CACHE_BUCKET) * CACHE_BUCKET
             # Doubled, so that a growing conversation seldom has to be prefilled again.
             self.model.setup_caches(self.max_cache_size or max(bucket, 2 * self.model.n_slots))
             self.held = []
@@ -242,19 +247,20 @@ def generate(
     }
     if draft:
         draft_prompt = engine.draft_prompt(tokens, images)
-        draft_n_new = draft.reserve(len(draft_prompt), n_new)
+        draft.reserve(len(draft_prompt), n_new)
         draft.prefill(draft_prompt)
         result["draft_n_visual_tokens"] = 0 if draft_prompt.visual is None else len(draft_prompt.visual)
         result["draft_time_to_first_token_s"] = now(draft.device) - first
     begin, counts, laps = time.perf_counter(), [0] * (engine.speculate_k + 1), []
     per_read = 1 if device.type == "cpu" else TOKENS_PER_READ
     while ids[-1] not in stop_ids and len(ids) < n_new:
-        room = n_new - len(ids)
-        k = min(engine.speculate_k, room - 1, draft_n_new - len(ids)) if draft else 0
-        if k > 0:
+        room, k = n_new - len(ids), 0
+        if draft:  # always k guesses, also where fewer would do: another number would have to be compiled anew
             pending = ids[len(draft.held) - len(draft_prompt) :]
+            k = min(engine.speculate_k, engine.free_slots - 1, draft.free_slots - len(pending) + 1)
+        if k > 0:
             new, n = speculate(engine, ids[-1], pending, k, sampling, laps)
-            new = cut_at_stop(new, stop_ids)
+            new = cut_at_stop(new[:room], stop_ids)
             counts[min(n, len(new))] += 1
             draft.held += (pending + new[:-1])[: len(pending) + k - 1]
         else:
@@ -330,7 +336,8 @@ def fill(parts: nn.ModuleDict, weights: dict[str, Tensor], path: Path) -> None:
 
 
 def compile_step(engine: Engine) -> None:
-    """One graph per shape of the decode step; on GPUs replayed as a CUDA graph."""
+    """One graph per number of tokens (1, 2, k + 1); on GPUs replayed as a CUDA graph."""
+    torch._dynamo.config.recompile_limit = 64  # of all models together
     mode = "default" if engine.device.type == "cpu" else "reduce-overhead"
     compiled = torch.compile(engine.model, mode=mode, fullgraph=True, dynamic=False)
     # A CUDA graph writes the next step's output over this one's.
@@ -543,7 +550,7 @@ def load_engine(args: argparse.Namespace) -> tuple[Engine, Tokenizer]:
             raise ValueError(f"{args.draft_checkpoint_path} has another tokenizer than {args.checkpoint_path}")
         draft.max_cache_size = args.draft_max_cache_size
         draft.pruning = Pruning(args.mm_prune_method, args.mm_prune_ratio, args.seed)
-        engine.draft, engine.speculate_k = draft, args.speculate_k
+        engine.draft, engine.speculate_k, draft.speculate_k = draft, args.speculate_k, args.speculate_k
     for each in (engine, engine.draft):
         if each and args.compile:
             compile_step(each)

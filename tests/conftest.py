@@ -13,6 +13,8 @@ import generate
 from scripts.convert_hf_checkpoint import convert
 from tests import hub
 
+torch.set_num_threads(1)  # the models are too small to share
+
 MAKERS = {
     "qwen2": lambda folder, seed: hub.make_qwen_text(folder, tied=False, seed=seed),
     "qwen2.5-tied": lambda folder, seed: hub.make_qwen_text(folder, tied=True, seed=seed),
