@@ -1,5 +1,6 @@
 """Tiny random checkpoints in the hub's layouts, made with transformers, which is also the reference to compare with."""
 
+import copy
 import io
 import json
 from functools import cache
@@ -255,7 +256,8 @@ def make_llama2(folder: Path, layout: str = "sharded.bin", seed: int = 0):
 def make_llama_model(vocab_size: int, config: dict, seed: int):
     """The model, the tensors of its files and its config.json."""
     config = LLAMA | config | {"vocab_size": vocab_size}
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**config)).eval()
+    # transformers writes into the dict of rope_scaling
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**copy.deepcopy(config))).eval()
     randomize(model, seed)
     state = model.state_dict()
     if config["tie_word_embeddings"]:
