@@ -97,8 +97,21 @@ def qwen2(config: dict, hub_dir: Path) -> tuple[ModelArgs, Plan]:
     return args, decoder_plan(args)
 
 
+QWEN_VISION = {  # what fine-tunes saved by transformers 4.49 leave out of vision_config: the defaults of its class
+    "hidden_size": 3584,
+    "depth": 32,
+    "num_heads": 16,
+    "intermediate_size": 3420,
+    "out_hidden_size": 3584,
+    "patch_size": 14,
+    "spatial_merge_size": 2,
+    "window_size": 112,
+    "fullatt_block_indexes": [7, 15, 23, 31],
+}
+
+
 def qwen2_5_vl(config: dict, hub_dir: Path) -> tuple[ModelArgs, Plan]:
-    vision, limits = config["vision_config"], read_json(hub_dir / "preprocessor_config.json")
+    vision, limits = QWEN_VISION | config["vision_config"], read_json(hub_dir / "preprocessor_config.json")
     size = limits.get("size", {})
     args = decoder_args(config.get("text_config", config), qkv_bias=True, image_token_id=config["image_token_id"])
     args.tie_embeddings = config.get("tie_word_embeddings", args.tie_embeddings)

@@ -1,14 +1,14 @@
 """What the hub's config.json files say, for the models of model.MODELS: the keys that describe the architecture.
 
 Written down apart from that table, so that the two can be compared. Where from:
-- copies of those files in public code: Llama-2 (mlc-llm's model_preset.py, with the first release's context of 2048),
-  Llama-3.1-8B, Llama-3.2-3B and Qwen2.5 base 3B to 32B (sglang profiles), Llama-3.2-1B (thunder's model blocks),
-  Qwen2-0.5B, Qwen2-7B-Instruct, Qwen2.5-0.5B, Qwen2.5-VL-3B, llava-onevision-qwen2-7b-ov (PaddleMIX's tests); the
-  Qwen2.5 base models again in litgpt's config.py; Llama-3.1-405B's 8 key/value heads in litgpt's issue 1942;
+- the hub's own pages of config.json: AMD-Llama-135m, Qwen2-72B and -Instruct, Qwen2.5-32B, Qwen2.5-VL-7B and 72B (of
+  the AWQ conversions; 72B's feed-forward layers are padded to 29696 there);
+- copies, and fine-tunes that name their origin: Llama-2, Llama-3.1-8B, Llama-3.2-1B and 3B, the other Qwen2 and Qwen2.5
+  sizes, base and Instruct, Qwen2.5-VL-3B, llava-onevision-qwen2-7b-si, Llama-3.2-11B- and 90B-Vision; litgpt's table for
+  Qwen2.5's base models, and its issue 1942 for Llama-3.1-405B's 8 key/value heads;
 - the number of parameters that the hub shows of a repository (PARAMETERS), which no wrong width or depth would give.
-No copy was found of: the other Instruct models of Qwen2 and Qwen2.5 (their context and norm eps), Qwen2.5-VL 7B and
-72B, the vocabulary of llava-hf's 7B and 72B (their conversion script pads 152064 + 2 to a multiple of 64),
-Llama-3.2-Vision (transformers' default configuration and Meta's model card instead), AMD-Llama-135m (its model card).
+Seen nowhere: the vocabulary of llava-hf's 7B and 72B (their conversion script pads 152064 + 2 to a multiple of 64), and
+lmms-lab's 0.5b-si and 72b-si, which are taken to be Qwen2-0.5B- and 72B-Instruct as their cards say.
 """
 
 LLAMA = {
@@ -218,4 +218,5 @@ PARAMETERS = {  # as the hub shows them, a tied output layer counted once
     "Qwen2.5-VL-3B-Instruct": 3_754_622_976,
     "Qwen2.5-VL-7B-Instruct": 8_292_166_656,
     "Qwen2.5-VL-72B-Instruct": 73_410_777_344,
+    "Llama-3.2-11B-Vision": 10_670_220_835,
 }

@@ -95,6 +95,21 @@ def test_every_layout_gives_the_same_checkpoint(original, tmp_path, layout):
     assert all(torch.equal(first[key], second[key]) for key in first)
 
 
+@pytest.mark.parametrize("family", ["llama2", "llama3.1", "qwen2.5-tied", "qwen2.5-vl"])
+def test_fine_tune_saved_by_transformers(pair, tmp_path, family):
+    """The newest config.json (rope_parameters, nested text_config) gives what the hub's own files gave."""
+    pair = pair(family)
+    for pattern in ("tokenizer*.json", "preprocessor_config.json", "tokenizer.model"):
+        for file in pair.folder.glob(pattern):
+            shutil.copy(file, tmp_path)
+    pair.reference.save_pretrained(tmp_path)
+    convert_hf_checkpoint.convert(tmp_path)
+    ours, again = (torch.load(folder / "model.pth", weights_only=True) for folder in (pair.folder, tmp_path))
+    assert ours.keys() == again.keys() and all(torch.equal(ours[key], again[key]) for key in ours)
+    first, second = (json.loads((folder / "params.json").read_text()) for folder in (pair.folder, tmp_path))
+    assert first["model"] == second["model"]
+
+
 def test_bin_files_older_than_torch_1_6(folder):
     state = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()

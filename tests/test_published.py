@@ -73,6 +73,17 @@ def test_shapes_and_their_number_equal_those_of_transformers(name, folder):
         assert sum(hub[key].numel() for key in used) == PARAMETERS[name]
 
 
+def test_vision_config_of_fine_tunes_that_leave_defaults_out(folder):
+    """As transformers 4.49 saved Qwen2.5-VL-7B-Instruct."""
+    name = "Qwen2.5-VL-7B-Instruct"
+    architecture = CONFIGS[name]["architectures"][0]
+    (folder / "preprocessor_config.json").write_text(json.dumps(PREPROCESSOR[architecture]))
+    config = CONFIGS[name] | {"vision_config": {"hidden_size": 1280, "in_chans": 3, "tokens_per_second": 2}}
+    config["rope_scaling"] = {"mrope_section": [16, 24, 24], "rope_type": "default", "type": "default"}
+    args, _ = ARCHITECTURES[architecture](config, folder)
+    assert args == ModelArgs.named(name)
+
+
 @cache
 def hub_tensors(config: str) -> dict[str, torch.Tensor]:
     """Tensors without memory of the model that transformers makes of config.json, under the hub's names."""
