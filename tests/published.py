@@ -4,8 +4,8 @@ Written down apart from that table, so that the two can be compared. Where from:
 - the hub's own pages of config.json: AMD-Llama-135m, Qwen2-72B and -Instruct, Qwen2.5-32B, Qwen2.5-VL-7B and 72B (of
   the AWQ conversions; 72B's feed-forward layers are padded to 29696 there);
 - copies, and fine-tunes that name their origin: Llama-2, Llama-3.1-8B, Llama-3.2-1B and 3B, the other Qwen2 and Qwen2.5
-  sizes, base and Instruct, Qwen2.5-VL-3B, llava-onevision-qwen2-7b-si, Llama-3.2-11B- and 90B-Vision; litgpt's table for
-  Qwen2.5's base models, and its issue 1942 for Llama-3.1-405B's 8 key/value heads;
+  sizes, base and Instruct, Qwen2.5-VL-3B, llava-onevision-qwen2-7b-si, Llama-3.2-11B- and 90B-Vision; litgpt's table
+  for Qwen2.5's base models, and its issue 1942 for Llama-3.1-405B's 8 key/value heads;
 - the number of parameters that the hub shows of a repository (PARAMETERS), which no wrong width or depth would give.
 Seen nowhere: the vocabulary of llava-hf's 7B and 72B (their conversion script pads 152064 + 2 to a multiple of 64), and
 lmms-lab's 0.5b-si and 72b-si, which are taken to be Qwen2-0.5B- and 72B-Instruct as their cards say.
