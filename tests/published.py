@@ -192,6 +192,11 @@ CONFIGS = {
     "Llama-3.2-11B-Vision": llama_vision(LLAMA_8B | {"num_hidden_layers": 40}),
     "Llama-3.2-90B-Vision": llama_vision(LLAMA_70B | {"num_hidden_layers": 100}),
 }
+LIKE = {  # for transformers, which has no lmms-lab layout: the same model as llava-hf would write it down
+    "llava-onevision-qwen2-0.5b-si": llava_hf("0.5B", 151936),
+    "llava-onevision-qwen2-7b-si": llava_hf("7B", 152064),
+    "llava-onevision-qwen2-72b-si": llava_hf("72B", 152064),
+}
 PARAMETERS = {  # as the hub shows them, a tied output layer counted once
     "Llama-2-7b-hf": 6_738_415_616,
     "Llama-2-13b-hf": 13_015_864_320,
