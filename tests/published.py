@@ -86,6 +86,9 @@ def qwen_vl(size: str, vision_hidden: int = 3420) -> dict:
     }
 
 
+PINPOINTS = [[384 * i, 384 * j] for i in range(1, 7) for j in range(1, 7)]
+
+
 def llava(size: str) -> dict:
     """lmms-lab's layout: the decoder's numbers at the top level."""
     return qwen(size) | {
@@ -95,6 +98,7 @@ def llava(size: str) -> dict:
         "mm_projector_type": "mlp2x_gelu",
         "mm_patch_merge_type": "spatial_unpad",
         "image_aspect_ratio": "anyres_max_9",
+        "image_grid_pinpoints": PINPOINTS,  # (width, height)
     }
 
 
@@ -115,6 +119,8 @@ def llava_hf(size: str, vocab_size: int) -> dict:
             "vision_use_head": False,
         },
         "vision_feature_layer": -1,
+        "vision_aspect_ratio": "anyres_max_9",
+        "image_grid_pinpoints": PINPOINTS,  # (height, width)
         "projector_hidden_act": "gelu",
     }
 
