@@ -37,6 +37,74 @@ class ModelArgs:
     image_token_id: int | None = None
     vision: dict | None = None
 
+    @classmethod
+    def named(cls, name: str) -> "ModelArgs":
+        """A row of MODELS, completed."""
+        row = dict(MODELS[name], n_tokens=MODELS[name]["vocab_size"])
+        return cls(**{"n_kv_head": row["n_head"], "head_dim": row["dim"] // row["n_head"], **row})
+
+
+# The published sizes, by the hub's names. An Instruct or chat model without a row of its own has its base model's
+# numbers. What is left out: n_kv_head = n_head, head_dim = dim / n_head (ModelArgs.named). tests/test_published.py
+# holds every row against the hub's config.json and against transformers.
+LLAMA3 = dict(vocab_size=128256, n_kv_head=8, rope_base=500000.0, max_seq_len=8192)
+SCALING = dict(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192)
+LLAMA31 = dict(max_seq_len=131072, rope_scaling=SCALING)
+LLAMA32 = dict(LLAMA3, max_seq_len=131072, rope_scaling=dict(SCALING, factor=32.0), tie_embeddings=True)
+QWEN = dict(vocab_size=152064, n_kv_head=8, qkv_bias=True, norm_eps=1e-6, rope_base=1000000.0, max_seq_len=32768)
+QWEN_TIED = dict(QWEN, vocab_size=151936, n_kv_head=2, tie_embeddings=True)
+QWEN_VL = dict(max_seq_len=128000, mrope_section=(16, 24, 24), image_token_id=151655)
+PIXELS = dict(patch=14, merge=2, window=112, full_layers=[7, 15, 23, 31], min_pixels=3136, max_pixels=12845056)
+VIT = dict(PIXELS, type="qwen2_5_vl", dim=1280, depth=32, n_head=16, hidden=3420)
+VIT_72B = dict(VIT, hidden=3456)
+LLAVA = dict(image_token_id=151646)
+MODELS = {
+    "Llama-2-7b-hf": dict(vocab_size=32000, dim=4096, n_layer=32, n_head=32, intermediate_size=11008),
+    "Llama-2-13b-hf": dict(vocab_size=32000, dim=5120, n_layer=40, n_head=40, intermediate_size=13824),
+    "Llama-2-70b-hf": dict(vocab_size=32000, dim=8192, n_layer=80, n_head=64, n_kv_head=8, intermediate_size=28672),
+    "AMD-Llama-135m": dict(vocab_size=32000, dim=768, n_layer=12, n_head=12, intermediate_size=2048, max_seq_len=2048),
+    "Meta-Llama-3-8B": dict(LLAMA3, dim=4096, n_layer=32, n_head=32, intermediate_size=14336),
+    "Meta-Llama-3-70B": dict(LLAMA3, dim=8192, n_layer=80, n_head=64, intermediate_size=28672),
+    "Llama-3.1-405B": dict(LLAMA3, dim=16384, n_layer=126, n_head=128, intermediate_size=53248, **LLAMA31),
+    "Llama-3.2-1B": dict(LLAMA32, dim=2048, n_layer=16, n_head=32, intermediate_size=8192),
+    "Llama-3.2-3B": dict(LLAMA32, dim=3072, n_layer=28, n_head=24, intermediate_size=8192),
+    "Qwen2.5-0.5B": dict(QWEN_TIED, dim=896, n_layer=24, n_head=14, intermediate_size=4864),
+    "Qwen2.5-1.5B-Instruct": dict(QWEN_TIED, dim=1536, n_layer=28, n_head=12, intermediate_size=8960),
+    "Qwen2.5-3B": dict(QWEN_TIED, dim=2048, n_layer=36, n_head=16, intermediate_size=11008),
+    "Qwen2.5-7B-Instruct": dict(QWEN, dim=3584, n_layer=28, n_head=28, n_kv_head=4, intermediate_size=18944),
+    "Qwen2.5-14B-Instruct": dict(QWEN, dim=5120, n_layer=48, n_head=40, intermediate_size=13824),
+    "Qwen2.5-32B-Instruct": dict(QWEN, dim=5120, n_layer=64, n_head=40, intermediate_size=27648),
+    "Qwen2.5-72B-Instruct": dict(QWEN, dim=8192, n_layer=80, n_head=64, intermediate_size=29568),
+}
+MODELS |= {  # the same sizes in other models
+    "Llama-3.1-8B": dict(MODELS["Meta-Llama-3-8B"], **LLAMA31),
+    "Llama-3.1-70B": dict(MODELS["Meta-Llama-3-70B"], **LLAMA31),
+    "Qwen2-0.5B": dict(MODELS["Qwen2.5-0.5B"], max_seq_len=131072),
+    "Qwen2-0.5B-Instruct": MODELS["Qwen2.5-0.5B"],
+    "Qwen2-1.5B": dict(MODELS["Qwen2.5-1.5B-Instruct"], max_seq_len=131072),
+    "Qwen2-1.5B-Instruct": MODELS["Qwen2.5-1.5B-Instruct"],
+    "Qwen2-7B": dict(MODELS["Qwen2.5-7B-Instruct"], max_seq_len=131072),
+    "Qwen2-7B-Instruct": MODELS["Qwen2.5-7B-Instruct"],
+    "Qwen2-72B": dict(MODELS["Qwen2.5-72B-Instruct"], max_seq_len=131072, norm_eps=1e-5),
+    "Qwen2-72B-Instruct": MODELS["Qwen2.5-72B-Instruct"],
+    "Qwen2.5-1.5B": dict(MODELS["Qwen2.5-1.5B-Instruct"], max_seq_len=131072),
+    "Qwen2.5-7B": dict(MODELS["Qwen2.5-7B-Instruct"], max_seq_len=131072),
+    "Qwen2.5-14B": dict(MODELS["Qwen2.5-14B-Instruct"], max_seq_len=131072, norm_eps=1e-5),
+    "Qwen2.5-32B": dict(MODELS["Qwen2.5-32B-Instruct"], max_seq_len=131072, norm_eps=1e-5),
+    "Qwen2.5-72B": dict(MODELS["Qwen2.5-72B-Instruct"], max_seq_len=131072, norm_eps=1e-5),
+    "Qwen2.5-VL-3B-Instruct": dict(MODELS["Qwen2.5-3B"], **QWEN_VL, vision=dict(VIT, out_dim=2048)),
+    "Qwen2.5-VL-7B-Instruct": dict(MODELS["Qwen2.5-7B-Instruct"], **QWEN_VL, vision=dict(VIT, out_dim=3584)),
+    "Qwen2.5-VL-72B-Instruct": dict(MODELS["Qwen2.5-72B-Instruct"], **QWEN_VL, vision=dict(VIT_72B, out_dim=8192)),
+    "llava-onevision-qwen2-0.5b-si": dict(MODELS["Qwen2.5-0.5B"], **LLAVA),
+    "llava-onevision-qwen2-7b-si": dict(MODELS["Qwen2.5-7B-Instruct"], **LLAVA),
+    "llava-onevision-qwen2-72b-si": dict(MODELS["Qwen2.5-72B-Instruct"], **LLAVA),
+    "llava-onevision-qwen2-0.5b-si-hf": dict(MODELS["Qwen2.5-0.5B"], **LLAVA, vocab_size=152000),
+    "llava-onevision-qwen2-7b-si-hf": dict(MODELS["Qwen2.5-7B-Instruct"], **LLAVA, vocab_size=152128),
+    "llava-onevision-qwen2-72b-si-hf": dict(MODELS["Qwen2.5-72B-Instruct"], **LLAVA, vocab_size=152128),
+    "Llama-3.2-11B-Vision": dict(MODELS["Meta-Llama-3-8B"], **LLAMA31, n_layer=40),
+    "Llama-3.2-90B-Vision": dict(MODELS["Meta-Llama-3-70B"], **LLAMA31, n_layer=100),
+}
+
 
 @dataclass
 class Prompt:

@@ -14,7 +14,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
-from functools import cache
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from model import ModelArgs, Transformer
+from model import MODELS, ModelArgs, Transformer
 from scripts.hf_tokenizer import convert_tokenizer, read_json
 from vision import build_encoder
 
@@ -97,8 +97,21 @@ def qwen2(config: dict, hub_dir: Path) -> tuple[ModelArgs, Plan]:
     return args, decoder_plan(args)
 
 
+QWEN_VISION = {  # what fine-tunes saved by transformers 4.49 leave out of vision_config: the defaults of its class
+    "hidden_size": 3584,
+    "depth": 32,
+    "num_heads": 16,
+    "intermediate_size": 3420,
+    "out_hidden_size": 3584,
+    "patch_size": 14,
+    "spatial_merge_size": 2,
+    "window_size": 112,
+    "fullatt_block_indexes": [7, 15, 23, 31],
+}
+
+
 def qwen2_5_vl(config: dict, hub_dir: Path) -> tuple[ModelArgs, Plan]:
-    vision, limits = config["vision_config"], read_json(hub_dir / "preprocessor_config.json")
+    vision, limits = QWEN_VISION | config["vision_config"], read_json(hub_dir / "preprocessor_config.json")
     size = limits.get("size", {})
     args = decoder_args(config.get("text_config", config), qkv_bias=True, image_token_id=config["image_token_id"])
     args.tie_embeddings = config.get("tie_word_embeddings", args.tie_embeddings)
@@ -147,7 +160,10 @@ def find_tensors(hub_dir: Path) -> dict[str, Path]:
     """Hub key -> the file that holds it; safetensors if there are any, else pytorch_model.bin."""
     for name, keys_of in (("model.safetensors", safetensors_keys), ("pytorch_model.bin", bin_keys)):
         if (index := hub_dir / f"{name}.index.json").exists():
-            files = {key: hub_dir / file for key, file in read_json(index)["weight_map"].items()}
+            weight_map = read_json(index).get("weight_map")
+            if not isinstance(weight_map, dict):
+                raise ValueError(f"{index} names no weights: download it again")
+            files = {key: hub_dir / file for key, file in weight_map.items()}
             if missing := sorted({file.name for file in files.values() if not file.exists()}):
                 raise ValueError(f"{hub_dir} lacks {', '.join(missing)}, named in {index.name}: download it again")
             present = {key: file for file in set(files.values()) for key in keys_of(file)}
@@ -187,9 +203,12 @@ def load_bin(file: Path) -> dict[str, Tensor]:
         raise ValueError(f"cannot read {file}: {str(error).splitlines()[0]}; download it again") from None
 
 
-@cache
+@lru_cache(maxsize=1)  # a file's tensors are asked for one by one, and mostly one file after the other
 def load_old_bin(file: Path) -> dict[str, Tensor]:
-    return torch.load(file, weights_only=True, map_location="cpu")
+    try:
+        return torch.load(file, weights_only=True, map_location="cpu")
+    except Exception as error:  # not a checkpoint at all: a page of the hub, or git-lfs' pointer to the real file
+        raise ValueError(f"cannot read {file}: {str(error).splitlines()[0]}; download it again") from None
 
 
 def read_tensor(file: Path, key: str) -> Tensor:
@@ -200,9 +219,15 @@ def read_tensor(file: Path, key: str) -> Tensor:
         return tensors.get_tensor(key)
 
 
+QUANTIZED = (".qweight", ".SCB", ".bitsandbytes__nf4", ".weight_scale_inv")  # AWQ and GPTQ, bitsandbytes, fp8
+CONVERT_THE_ORIGINAL = "convert the original one, then run quantize.py"
+
+
 def check_keys(plan: Plan, files: dict[str, Path], tied: bool) -> None:
     """Every key of the hub is used, or known to be unused; every key of the plan is there."""
     wanted = {key for source in plan.values() for key in source.keys}
+    if any(key.endswith(QUANTIZED) for key in files):
+        raise ValueError(f"a quantized checkpoint, by its tensors' names: {CONVERT_THE_ORIGINAL}")
     if missing := sorted(wanted - set(files)):
         raise ValueError(f"the weights lack {some(missing)}: the download is incomplete or config.json is another's")
     if unknown := sorted(key for key in set(files) - wanted if not is_unused(key, tied)):
@@ -255,8 +280,7 @@ def write_checkpoint(path: Path, shapes: dict[str, tuple], tensors: Iterable[tup
         outline = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in shapes.items()}  # never touched
         with torch.serialization.skip_data():
             torch.save(outline, part)
-        with open(part, "r+b") as file:  # a full disk must be an error here, not a bus error in the mapped file
-            os.posix_fallocate(file.fileno(), 0, part.stat().st_size)
+        reserve_space(part)
         with torch.serialization.set_default_mmap_options(mmap.MAP_SHARED):
             mapped = torch.load(part, mmap=True, weights_only=True)
         for name, tensor in tensors:
@@ -267,21 +291,62 @@ def write_checkpoint(path: Path, shapes: dict[str, tuple], tensors: Iterable[tup
         part.unlink(missing_ok=True)
 
 
-def convert(hub_dir: Path) -> None:
-    """Raises ValueError or OSError with one line for whatever is wrong with the folder; then nothing new is left."""
+def reserve_space(path: Path) -> None:
+    """A full disk must be an error here, not a bus error in the mapped file."""
+    size = path.stat().st_size
+    try:
+        with open(path, "r+b") as file:
+            if hasattr(os, "posix_fallocate"):  # macOS has none
+                os.posix_fallocate(file.fileno(), 0, size)
+    except OSError as error:
+        raise OSError(f"cannot write {path.parent}, {size / 1e9:.1f} GB are needed: {error.strerror}") from None
+
+
+def check_row(name: str, args: ModelArgs) -> None:
+    """ValueError where args, made of config.json, are not the row `name` of model.MODELS."""
+    # An Instruct or chat model without a row of its own has its base model's numbers.
+    names = (name, name.removesuffix("-Instruct"), name.replace("-chat", ""))
+    row = next((known for known in names if known in MODELS), None)
+    if row is None:
+        raise ValueError(f"--model_name {name} is not in the table; these are: {', '.join(MODELS)}")
+    wanted = asdict(ModelArgs.named(row)) | {"n_tokens": args.n_tokens}
+    if difference := first_difference(asdict(args), wanted):
+        raise ValueError(f"config.json is not that of {name}: {difference}")
+
+
+def first_difference(found: dict, wanted: dict) -> str | None:
+    for key in {**wanted, **found}:
+        a, b = found.get(key), wanted.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            if difference := first_difference(a, b):
+                return f"{key}.{difference}"
+        elif a != b:
+            return f"{key} is {a}, the table has {b}"
+    return None
+
+
+def convert(hub_dir: Path, model_name: str | None = None) -> None:
+    """Raises ValueError or OSError with one line for whatever is wrong with the folder; then nothing new is left.
+
+    model_name: a row of model.MODELS that config.json has to agree with.
+    """
     if not hub_dir.is_dir():
         raise ValueError(f"no such folder: {hub_dir}; download it first (scripts/download.py)")
     config = read_json(hub_dir / "config.json")
     architecture = (config.get("architectures") or ["without a name"])[0]
     if architecture not in ARCHITECTURES:
         raise ValueError(f"architecture {architecture} is not supported; these are: {', '.join(ARCHITECTURES)}")
-    if "quantization_config" in config:
-        method = config["quantization_config"].get("quant_method", "of an unknown method")
-        raise ValueError(f"a quantized checkpoint ({method}): convert the original one, then run quantize.py")
+    if quantization := config.get("quantization_config"):
+        method = quantization.get("quant_method", "of an unknown method")
+        raise ValueError(f"a quantized checkpoint ({method}): {CONVERT_THE_ORIGINAL}")
     try:
         args, plan = ARCHITECTURES[architecture](config, hub_dir)
     except KeyError as error:
         raise ValueError(f"{hub_dir / 'config.json'} or preprocessor_config.json lacks {error}") from None
+    except (TypeError, AttributeError) as error:
+        raise ValueError(f"{hub_dir / 'config.json'} is not as {architecture} has it ({error})") from None
+    if model_name:
+        check_row(model_name, args)
     files = find_tensors(hub_dir)
     check_keys(plan, files, args.tie_embeddings)
     shapes = expected_shapes(args)
@@ -297,11 +362,16 @@ def convert(hub_dir: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--checkpoint_dir", type=Path, required=True, help="a downloaded folder, and the results'")
+    parser.add_argument("--model_name", help="refuse unless config.json is that of this row of model.MODELS")
+    args = parser.parse_args()
     try:
-        convert(parser.parse_args().checkpoint_dir)
+        convert(args.checkpoint_dir, args.model_name)
     except (ValueError, OSError) as error:
-        print(f"convert_hf_checkpoint.py: {error}", file=sys.stderr)
+        print(f"convert_hf_checkpoint.py: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("convert_hf_checkpoint.py: interrupted, nothing was written", file=sys.stderr)
+        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models are tiny: threads would cost more than they save
 
 import pytest
 import torch
@@ -15,7 +16,13 @@ from tests import hub
 
 torch.set_num_threads(1)  # the models are too small to share
 
+LLAMA31 = {"rope_theta": 500000.0, "rope_scaling": hub.SCALING}
+HEAD_DIM = {"head_dim": 24, "rope_theta": 1e6}  # wider than hidden_size / heads; CodeLlama's base
 MAKERS = {
+    "llama2": lambda folder, seed: hub.make_llama2(folder, "sharded.bin", seed),
+    "llama3.1": lambda folder, seed: hub.make_llama(folder, LLAMA31, "sharded.safetensors", seed),
+    "llama3.2": lambda folder, seed: hub.make_llama(folder, LLAMA31 | {"tie_word_embeddings": True}, seed=seed),
+    "llama-head-dim": lambda folder, seed: hub.make_llama(folder, HEAD_DIM, "single.bin", seed),
     "qwen2": lambda folder, seed: hub.make_qwen_text(folder, tied=False, seed=seed),
     "qwen2.5-tied": lambda folder, seed: hub.make_qwen_text(folder, tied=True, seed=seed),
     "qwen2.5-vl": lambda folder, seed: hub.make_qwen_vl(folder, tied=True, seed=seed),

@@ -1,12 +1,16 @@
 """Tiny random checkpoints in the hub's layouts, made with transformers, which is also the reference to compare with."""
 
+import copy
+import io
 import json
+from functools import cache
 from pathlib import Path
 
+import sentencepiece
 import torch
 import transformers
-from safetensors.torch import save_file
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from safetensors.torch import load_file, save_file
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 QWEN_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -27,19 +31,34 @@ QWEN_VL_TEMPLATE = (
     "{% if content['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
     "{% elif 'text' in content %}{{ content['text'] }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n" + GENERATION
 )
+LLAMA3_SPLIT = QWEN_SPLIT.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
+LLAMA3_SPECIALS = ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>"]
+LLAMA3_SPECIALS += ["<|eom_id|>", "<|eot_id|>"]
+LLAMA3_TEMPLATE = (
+    "{% for message in messages %}{% set content = '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' + "
+    "message['content'] | trim + '<|eot_id|>' %}{% if loop.first %}{% set content = bos_token + content %}{% endif %}"
+    "{{ content }}{% endfor %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}"
+)
+LLAMA2_TEMPLATE = (
+    "{% if messages[0].role == 'system' %}{% set system_message = messages[0].content %}{% endif %}"
+    "{% for message in messages %}{% set content = message.content %}{% if loop.first and system_message %}"
+    "{% set content = '<<SYS>>\n' + system_message + '\n<</SYS>>\n\n' + message.content %}{% endif %}"
+    "{% if message.role == 'user' %}{{ bos_token + '[INST] ' + content.strip() + ' [/INST]' }}"
+    "{% else %}{{ ' ' + content.strip() + ' ' + eos_token }}{% endif %}{% endfor %}"
+)
 PADDING = 10  # rows of the vocabulary beyond the tokenizer
 SENTENCE = (
     "The quick brown fox asks how many circles there are: 12 or 7? Three, says the lazy dog, and it doesn't lie. "
 )
 
 
-def make_tokenizer(specials: list[str], text: str = SENTENCE) -> Tokenizer:
+def make_tokenizer(specials: list[str], text: str = SENTENCE, split: str = QWEN_SPLIT) -> Tokenizer:
     """A byte-level BPE with Qwen's normalizer and split, special tokens after the vocabulary."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(QWEN_SPLIT), "isolated"),
+            pre_tokenizers.Split(Regex(split), "isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
@@ -49,6 +68,34 @@ def make_tokenizer(specials: list[str], text: str = SENTENCE) -> Tokenizer:
     tokenizer.train_from_iterator([text] * 3, trainer)
     tokenizer.add_special_tokens(specials)
     return tokenizer
+
+
+def make_llama3_tokenizer() -> Tokenizer:
+    """As Llama-3's: no normalizer, up to three digits a token, BOS in front."""
+    tokenizer = make_tokenizer(LLAMA3_SPECIALS, split=LLAMA3_SPLIT)
+    tokenizer.normalizer = None
+    bos = LLAMA3_SPECIALS[0]
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=[bos, "$A"], pair=[bos, "$A", bos, "$B"], special_tokens=[(bos, tokenizer.token_to_id(bos))]
+    )
+    return tokenizer
+
+
+@cache
+def train_sentencepiece() -> bytes:
+    """A model file with Llama-2's rules: byte fallback, a space in front, nothing normalized."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([SENTENCE] * 3),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=320,
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        minloglevel=2,
+    )
+    return model.getvalue()
 
 
 def randomize(model: torch.nn.Module, seed: int = 0) -> None:
@@ -156,3 +203,81 @@ def make_qwen_vl(folder: Path, tied: bool = True, seed: int = 0, dtype: torch.dt
     limits = {"min_pixels": 3136, "max_pixels": 12845056, "patch_size": 14, "merge_size": 2, "temporal_patch_size": 2}
     (folder / "preprocessor_config.json").write_text(json.dumps(limits))
     return folder, model
+
+
+LLAMA = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 1024,
+    "rms_norm_eps": 1e-5,
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "tie_word_embeddings": False,
+}
+SCALING = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+
+
+def make_llama(folder: Path, config: dict, layout: str = "single.safetensors", seed: int = 0):
+    """A Llama-3 text model: config on top of LLAMA; layout as in store()."""
+    tokenizer = make_llama3_tokenizer()
+    model, state, config = make_llama_model(tokenizer.get_vocab_size() + PADDING, config, seed)
+    stop = [tokenizer.token_to_id(name) for name in ("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>")]
+    save_hub(folder, state, config, tokenizer, LLAMA3_TEMPLATE, stop)
+    store(folder, layout)
+    return folder, model
+
+
+def make_llama2(folder: Path, layout: str = "sharded.bin", seed: int = 0):
+    """Llama-2: SentencePiece, a key/value head for each query head, and the buffers that old transformers saved."""
+    heads = LLAMA["num_attention_heads"]
+    vocab_size = sentencepiece.SentencePieceProcessor(model_proto=train_sentencepiece()).get_piece_size() + PADDING
+    model, state, config = make_llama_model(vocab_size, {"num_key_value_heads": heads}, seed)
+    for i in range(config["num_hidden_layers"]):
+        state[f"model.layers.{i}.self_attn.rotary_emb.inv_freq"] = 1 / 10000 ** (torch.arange(0, 16, 2) / 16)
+    del config["attention_bias"]
+    save_hub(folder, state, config | {"pad_token_id": 0}, make_llama3_tokenizer(), LLAMA2_TEMPLATE, stop=[2])
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer.model").write_bytes(train_sentencepiece())
+    names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "chat_template": LLAMA2_TEMPLATE}
+    (folder / "tokenizer_config.json").write_text(json.dumps(names | {"tokenizer_class": "LlamaTokenizer"}))
+    store(folder, layout)
+    return folder, model
+
+
+def make_llama_model(vocab_size: int, config: dict, seed: int):
+    """The model, the tensors of its files and its config.json."""
+    config = LLAMA | config | {"vocab_size": vocab_size}
+    # transformers writes into the dict of rope_scaling
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**copy.deepcopy(config))).eval()
+    randomize(model, seed)
+    state = model.state_dict()
+    if config["tie_word_embeddings"]:
+        del state["lm_head.weight"]
+    return model, state, config | {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
+
+
+def store(folder: Path, layout: str) -> None:
+    """Put the weights of model.safetensors into another of the hub's layouts: single or sharded, safetensors or bin."""
+    state = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    shards, kind = layout.split(".")
+    stem = {"safetensors": "model", "bin": "pytorch_model"}[kind]
+    files = [f"{stem}.{kind}"]
+    if shards == "sharded":
+        files = [f"{stem}-{i:05}-of-00003.{kind}" for i in (1, 2, 3)]
+    weight_map = {key: files[i % len(files)] for i, key in enumerate(state)}
+    for file in files:
+        part = {key: state[key].clone() for key in state if weight_map[key] == file}
+        torch.save(part, folder / file) if kind == "bin" else save_file(part, folder / file, {"format": "pt"})
+    if shards == "sharded":
+        index = {"metadata": {}, "weight_map": weight_map}
+        (folder / f"{stem}.{kind}.index.json").write_text(json.dumps(index))

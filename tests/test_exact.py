@@ -5,21 +5,14 @@ import torch
 import transformers
 from PIL import Image, ImageOps
 
-from generate import generate
+from generate import generate, load
 from tests.conftest import draw
+from tests.reference import agree_up_to_near_tie, greedy, in_bfloat16
 from vision import build_prompt, load_image
 
-TEXT_FAMILIES = ["qwen2", "qwen2.5-tied"]
+TEXT_FAMILIES = ["qwen2", "qwen2.5-tied", "llama2", "llama3.1", "llama3.2", "llama-head-dim"]
 VL_FAMILIES = ["qwen2.5-vl", "qwen2.5-vl-untied"]
 KINDS = ["square", "wide", "tall", "small", "large", "grey", "palette", "rgba", "exif"]
-
-
-def greedy(reference, n: int, input_ids, **inputs) -> list[int]:
-    """New tokens of transformers, with stop tokens and the repetition penalty of generation_config.json set aside."""
-    ids = reference.generate(
-        input_ids=input_ids, max_new_tokens=n, do_sample=False, eos_token_id=None, pad_token_id=0, **inputs
-    )
-    return ids[0, input_ids.shape[1] :].tolist()
 
 
 def reference_picture(path) -> Image.Image:
@@ -46,6 +39,51 @@ def test_text(pair, family):
     pair.model.setup_caches(64)
     logits = pair.model(torch.tensor(tokens), torch.arange(len(tokens)))
     torch.testing.assert_close(logits, pair.reference(torch.tensor([tokens])).logits[0], atol=1e-4, rtol=0)
+
+
+@torch.inference_mode()
+def test_long_text_and_rope_scaling(pair):
+    """Positions beyond the original context: at 300 tokens another factor would not go unnoticed."""
+    pair = pair("llama3.1")
+    tokens = pair.tokenizer.encode("How many circles are there? 12 or 7, says the quick brown dog. " * 20)[:300]
+    ours = generate(pair.engine, tokens, [], 24)
+    assert ours["token_ids"] == greedy(pair.reference, 24, torch.tensor([tokens]))
+    assert len(set(ours["token_ids"])) > 8
+    pair.model.setup_caches(300)
+    expected = pair.reference(torch.tensor([tokens])).logits[0]
+    logits = pair.model(torch.tensor(tokens), torch.arange(300))
+    torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
+    scaling = pair.model.args.rope_scaling
+    factor = scaling["factor"]
+    assert factor == 8
+    try:
+        scaling["factor"] = 32
+        pair.model.setup_caches(300)
+        other = pair.model(torch.tensor(tokens), torch.arange(300))
+    finally:
+        scaling["factor"] = factor
+        pair.model.setup_caches(300)
+    assert (other - expected)[-1].abs().max() > 0.01
+
+
+@pytest.mark.parametrize("family", TEXT_FAMILIES)
+@torch.inference_mode()
+def test_text_in_bfloat16(pair, family):
+    """The same text up to near-ties, and logits no further from those in float32 than the reference's own are."""
+    pair = pair(family)
+    engine, _ = load(pair.path, "cpu", torch.bfloat16)
+    reference = in_bfloat16(pair.reference)
+    agreed = 0
+    for text in ("How many circles are there? 12 or 7.", "The lazy dog", "It doesn't lie.", "Three says the fox: 7"):
+        tokens = pair.tokenizer.encode(text)
+        ours = generate(engine, tokens, [], 24)["token_ids"]
+        agreed += agree_up_to_near_tie(ours, reference, torch.tensor([tokens]))
+    assert agreed >= 24, "texts that part at once say little"
+    tokens = pair.tokenizer.encode("How many circles are there? 12 or 7, says the quick brown dog. " * 2)
+    exact = pair.reference(torch.tensor([tokens])).logits[0]
+    theirs = reference(torch.tensor([tokens])).logits[0]
+    ours = engine.model(torch.tensor(tokens), torch.arange(len(tokens)))
+    assert (ours - exact).square().mean().sqrt() < 1.2 * (theirs - exact).square().mean().sqrt()
 
 
 @pytest.mark.parametrize("kind", KINDS)
