@@ -204,8 +204,9 @@ def llava_model(tokenizer: Tokenizer, n_layer: int, layer: int, tied: bool, tile
     )
     randomize(model, 2 + seed)  # seeds with which greedy text varies
     with torch.no_grad():  # as faint as patches are to SigLIP, so that the eps of its norms matters
-        for p in model.model.vision_tower.embeddings.parameters():
-            p.mul_(0.02)
+        for name, p in model.model.vision_tower.named_parameters():
+            if "embeddings." in name:
+                p.mul_(0.02)
     return model.eval(), config
 
 
@@ -215,7 +216,8 @@ def llava_names(model: torch.nn.Module, names: dict[str, str]) -> dict:
     for name, tensor in model.state_dict().items():
         ours = next(part for part in names if name.startswith(part))
         if names[ours] is not None:
-            state[names[ours] + name.removeprefix(ours)] = tensor.clone()
+            # Older versions of transformers have the level vision_model, as the hub's files do.
+            state[names[ours] + name.removeprefix(ours).removeprefix("vision_model.")] = tensor.clone()
     return state
 
 
@@ -234,8 +236,8 @@ def make_llava_hf(folder: Path, tied: bool, tile=60, tall=4, wide=6, seed: int =
     }
     state = llava_names(model, names)
     if not tied:
-        buffer = model.model.vision_tower.embeddings.position_ids
-        state["vision_tower.vision_model.embeddings.position_ids"] = buffer.clone()
+        positions = torch.arange((tile // 14) ** 2)[None]
+        state["vision_tower.vision_model.embeddings.position_ids"] = positions  # as versions up to 4.30 saved it
     config |= {"architectures": ["LlavaOnevisionForConditionalGeneration"], "model_type": "llava_onevision"}
     config |= {"use_image_newline_parameter": True, "vision_feature_select_strategy": "full"}
     stop = [tokenizer.token_to_id("<|im_end|>"), tokenizer.token_to_id("<|endoftext|>")]

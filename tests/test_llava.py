@@ -114,6 +114,7 @@ def test_many_shapes(pair):
     shapes = [(1, 1), (1, 7), (7, 1), (60, 60), (61, 60), (120, 60), (119, 61), (360, 240), (241, 1000), (200, 601)]
     shapes += [(1, 240), (360, 1), (3, 700), (1000, 4), (5, 1195), (1795, 5)]
     shapes += [(1, 241), (361, 1), (5000, 2), (2, 5000)]  # a side vanishes: no line is left, or lines of newlines alone
+    shapes += [(220, 176), (164, 205)]  # 11.999999 patches
     generator = torch.Generator().manual_seed(0)
     shapes += torch.randint(1, 700, (20, 2), generator=generator).tolist()
     for width, height in shapes:
