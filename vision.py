@@ -2,9 +2,10 @@
 
 Knows images, the encoders' weights and which token stands for an image. Does not know sampling, checkpoints or the
 command line. An encoder is three methods: preprocess(image) -> pixels, grid; forward(pixels, grid) -> rows [N, D];
-positions(n, grid) -> [N, 3], the rows' rotary positions counted from the place where the image stands.
+positions(n, grid) -> [N, 3], the rows' rotary positions counted from the place where the image stands. One that treats
+an image otherwise when others are in the prompt has preprocess_several too.
 
-Shapes: P patches, E encoder width, N rows for the decoder, D decoder width, W windows, L patches a window.
+Shapes: P patches, E encoder width, N rows for the decoder, D decoder width, W windows, L patches a window, T tiles.
 """
 
 import zlib
@@ -19,6 +20,8 @@ from torch import Tensor, nn
 from model import Prompt, rotate
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+HALF = (0.5, 0.5, 0.5)  # SigLIP's mean and std
+GREY = (127, 127, 127)  # SigLIP's mean as a colour, rounded as the hub's processor does
 
 
 def load_image(source) -> Image.Image:
@@ -49,6 +52,13 @@ def to_pixels(image: Image.Image, mean, std) -> Tensor:
     pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
     pixels = pixels.view(image.height, image.width, 3).permute(2, 0, 1) / 255
     return (pixels - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
+
+
+def centre(image: Image.Image, size: tuple[int, int], colour) -> Image.Image:
+    """The image in the middle of a canvas of (width, height)."""
+    canvas = Image.new("RGB", size, colour)
+    canvas.paste(image, ((size[0] - image.width) // 2, (size[1] - image.height) // 2))
+    return canvas
 
 
 class GatedMLP(nn.Module):
@@ -173,7 +183,98 @@ class QwenEncoder(nn.Module):
         return torch.stack((torch.zeros(n, dtype=torch.long), row, torch.arange(width).repeat(height)), dim=1)
 
 
-ENCODERS = {"qwen2_5_vl": QwenEncoder}
+class LlavaEncoder(nn.Module):
+    """Llava-OneVision (arXiv 2408.03326): SigLIP on an overview of the image and on tiles of it; an MLP to the decoder.
+
+    The rows: the overview's, then those of the picture that the tiles make up, line by line, a newline token at the end
+    of each. An image among others has no tiles: its overview and one newline token.
+    """
+
+    def __init__(self, *, dim, depth, n_head, hidden, out_dim, patch, tile, resolutions, max_tiles):
+        super().__init__()
+        self.patch, self.tile, self.side = patch, tile, tile // patch  # a tile's sides in pixels and in patches
+        self.resolutions, self.max_tiles = resolutions, max_tiles  # [(height, width)] in pixels
+        self.patch_embed = nn.Linear(3 * patch * patch, dim)
+        self.position_embed = nn.Parameter(torch.empty(self.side**2, dim))
+        norm = lambda width: nn.LayerNorm(width, eps=1e-6)
+        mlp = lambda: nn.Sequential(nn.Linear(dim, hidden), nn.GELU("tanh"), nn.Linear(hidden, dim))
+        self.blocks = nn.ModuleList(VisionBlock(dim, n_head, norm, mlp()) for _ in range(depth))
+        self.projector = nn.Sequential(nn.Linear(dim, out_dim), nn.GELU(), nn.Linear(out_dim, out_dim))
+        self.newline = nn.Parameter(torch.empty(out_dim))
+
+    def best_resolution(self, width: int, height: int) -> tuple[int, int]:
+        """(height, width) of the canvas that keeps most of the image's pixels; of several the smallest."""
+
+        def kept(canvas: tuple[int, int]) -> int:
+            scale = min(canvas[1] / width, canvas[0] / height)
+            return min(int(width * scale) * int(height * scale), width * height)
+
+        return max(self.resolutions, key=lambda canvas: (kept(canvas), -canvas[0] * canvas[1]))
+
+    def preprocess(self, image: Image.Image) -> tuple[Tensor, Tensor]:
+        """pixels [1 + T, P, 3 * patch * patch] of the overview and the tiles, and the grid of tile_index."""
+        height, width = self.best_resolution(*image.size)
+        scale = min(width / image.width, height / image.height)
+        fitted = min(ceil(image.width * scale), width), min(ceil(image.height * scale), height)
+        canvas = centre(image.resize(fitted, Image.Resampling.BICUBIC), (width, height), "black")
+        corners = [(x, y) for y in range(0, height, self.tile) for x in range(0, width, self.tile)]
+        tiles = [canvas.crop((x, y, x + self.tile, y + self.tile)) for x, y in corners]
+        return self.patches([image, *tiles]), self.tile_index(height // self.tile, width // self.tile, *image.size)
+
+    def preprocess_several(self, image: Image.Image) -> tuple[Tensor, Tensor]:
+        """The same for an image among others: no tiles, so that the picture after the overview is one empty line."""
+        square = centre(image, (max(image.size), max(image.size)), GREY)
+        return self.patches([square]), torch.empty(1, 0, dtype=torch.long)
+
+    def patches(self, pictures: list[Image.Image]) -> Tensor:
+        """[pictures, P, 3 * patch * patch], each picture stretched to a tile; pixels that fill no patch are cut off."""
+        size, whole = (self.tile, self.tile), self.side * self.patch
+        pictures = [picture.resize(size, Image.Resampling.BICUBIC) for picture in pictures]
+        pixels = torch.stack([to_pixels(picture, HALF, HALF) for picture in pictures])[..., :whole, :whole]
+        pixels = pixels.unflatten(3, (-1, self.patch)).unflatten(2, (-1, self.patch))  # [..., 3, h, patch, w, patch]
+        return pixels.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+
+    def tile_index(self, rows: int, columns: int, width: int, height: int) -> Tensor:
+        """[h, w] which patch of [1 + T, P] stands where in the picture of rows x columns tiles, padding left out.
+
+        width, height: of the image, in pixels.
+        """
+        tiles = torch.arange(self.side**2, (1 + rows * columns) * self.side**2)  # after the overview
+        index = tiles.view(rows, columns, self.side, self.side).transpose(1, 2).flatten(2).flatten(0, 1)
+        scale = min(index.shape[1] / width, index.shape[0] / height)
+        # Rounded as the hub's code does: 26.99999999 patches are 27.
+        top, left = ((n - int(round(side * scale, 7))) // 2 for n, side in zip(index.shape, (height, width)))
+        return index[top : len(index) - top, left : index.shape[1] - left]
+
+    def picture_size(self, grid: Tensor) -> tuple[int, int]:
+        """(lines, rows a line) of the picture after the overview: shrunk to max_tiles where it is well above them."""
+        height, width = grid.shape
+        ratio = sqrt(height * width / (self.max_tiles * self.side**2))
+        return (int(height // ratio), int(width // ratio)) if ratio > 1.1 else (height, width)
+
+    def newlines(self, n: int, grid: Tensor) -> range:
+        """Which of the N rows are newline tokens."""
+        _, width = self.picture_size(grid)
+        return range(self.side**2 + width, n, width + 1)
+
+    def forward(self, pixels: Tensor, grid: Tensor) -> Tensor:
+        """[N, D] from pixels [1 + T, P, 3 * patch * patch]."""
+        x = self.patch_embed(pixels) + self.position_embed  # [1 + T, P, E]
+        for block in self.blocks:
+            x = block(x)
+        x = self.projector(x)
+        picture = x.flatten(0, 1)[grid.to(x.device)]  # [h, w, D]
+        if (size := self.picture_size(grid)) != grid.shape:
+            picture = F.interpolate(picture.permute(2, 0, 1)[None], size, mode="bilinear")[0].permute(1, 2, 0)
+        newlines = self.newline.expand(len(picture), 1, -1)
+        return torch.cat((x[0], torch.cat((picture, newlines), dim=1).flatten(0, 1)))
+
+    def positions(self, n: int, grid: Tensor) -> Tensor:
+        """[N, 3]: rows count like words."""
+        return torch.arange(n)[:, None].expand(-1, 3)
+
+
+ENCODERS = {"qwen2_5_vl": QwenEncoder, "llava": LlavaEncoder}
 
 
 def build_encoder(vision: dict) -> nn.Module:
@@ -189,12 +290,13 @@ class Encoded(NamedTuple):
     key: int  # of the image's content
 
 
-def encode_image(encoder: nn.Module, image: Image.Image, encoded: dict[int, Encoded]) -> Encoded:
-    """The image's rows; from `encoded` if the same picture was seen before."""
-    key = zlib.crc32(image.tobytes(), image.width)
+def encode_image(encoder: nn.Module, image: Image.Image, encoded: dict[int, Encoded], alone: bool) -> Encoded:
+    """The image's rows; from `encoded` if the same picture was seen before, and was treated as it has to be now."""
+    several = not alone and hasattr(encoder, "preprocess_several")
+    key = zlib.crc32(image.tobytes(), image.width | several << 31)
     if key not in encoded:
         weight = next(encoder.parameters())
-        pixels, grid = encoder.preprocess(image)
+        pixels, grid = encoder.preprocess_several(image) if several else encoder.preprocess(image)
         rows = encoder(pixels.to(weight.device, weight.dtype), grid)
         encoded[key] = Encoded(rows, encoder.positions(len(rows), grid), key)
     return encoded[key]
@@ -239,7 +341,8 @@ def build_prompt(
         raise ValueError("this model reads text only: it takes no image")
     if n_places != len(images):
         raise ValueError(f"the prompt has {n_places} places for images, and {len(images)} images were given")
-    shown = iter([encode_image(encoder, image, {} if encoded is None else encoded) for image in images])
+    encoded, alone = {} if encoded is None else encoded, len(images) == 1
+    shown = iter([encode_image(encoder, image, encoded, alone) for image in images])
     ids, key, rope_pos, visual, next_pos = [], [], [], [], 0
     for token in tokens:
         if encoder and token == image_token_id:

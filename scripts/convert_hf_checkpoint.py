@@ -11,6 +11,7 @@ import argparse
 import json
 import mmap
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
@@ -37,6 +38,14 @@ class Source:
 
 
 Plan = dict[str, Source]  # name in model.pth -> where it comes from
+Unused = list[str]  # regular expressions: hub keys of which nothing is made
+
+
+def refuse_others(config: dict, supported: dict, where: str = "config.json") -> None:
+    """Raises ValueError for an entry that is there and says something else than the only value that is supported."""
+    for name, wanted in supported.items():
+        if config.get(name, wanted) != wanted:
+            raise ValueError(f"{where}: {name} = {config[name]} is not supported, only {wanted} is")
 
 
 def decoder_args(config: dict, **more) -> ModelArgs:
@@ -45,9 +54,7 @@ def decoder_args(config: dict, **more) -> ModelArgs:
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     if rope_type not in ("default", "mrope", "llama3"):
         raise ValueError(f"config.json: rope scaling '{rope_type}' is not supported (only llama3 and mrope are)")
-    for name, wanted in {"hidden_act": "silu", "use_sliding_window": False, "mlp_bias": False}.items():
-        if config.get(name, wanted) != wanted:
-            raise ValueError(f"config.json: {name} = {config[name]} is not supported, only {wanted} is")
+    refuse_others(config, {"hidden_act": "silu", "use_sliding_window": False, "mlp_bias": False})
     heads = config["num_attention_heads"]
     numbers = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
     return ModelArgs(
@@ -85,16 +92,16 @@ def decoder_plan(args: ModelArgs, body: str = "model.", head: str = "lm_head.wei
     return plan
 
 
-def llama(config: dict, hub_dir: Path) -> tuple[ModelArgs, Plan]:
+def llama(config: dict, hub_dir: Path) -> tuple[ModelArgs, Plan, Unused]:
     if config.get("attention_bias"):
         raise ValueError("config.json: attention_bias = true is not supported for LlamaForCausalLM")
     args = decoder_args(config)
-    return args, decoder_plan(args)
+    return args, decoder_plan(args), []
 
 
-def qwen2(config: dict, hub_dir: Path) -> tuple[ModelArgs, Plan]:
+def qwen2(config: dict, hub_dir: Path) -> tuple[ModelArgs, Plan, Unused]:
     args = decoder_args(config, qkv_bias=True)
-    return args, decoder_plan(args)
+    return args, decoder_plan(args), []
 
 
 QWEN_VISION = {  # what fine-tunes saved by transformers 4.49 leave out of vision_config: the defaults of its class
@@ -110,7 +117,7 @@ QWEN_VISION = {  # what fine-tunes saved by transformers 4.49 leave out of visio
 }
 
 
-def qwen2_5_vl(config: dict, hub_dir: Path) -> tuple[ModelArgs, Plan]:
+def qwen2_5_vl(config: dict, hub_dir: Path) -> tuple[ModelArgs, Plan, Unused]:
     vision, limits = QWEN_VISION | config["vision_config"], read_json(hub_dir / "preprocessor_config.json")
     size = limits.get("size", {})
     args = decoder_args(config.get("text_config", config), qkv_bias=True, image_token_id=config["image_token_id"])
@@ -146,13 +153,152 @@ def qwen2_5_vl(config: dict, hub_dir: Path) -> tuple[ModelArgs, Plan]:
             plan[f"{ours}wo.{kind}"] = Source([f"{hub}attn.proj.{kind}"])
             plan[f"{ours}mlp.w13.{kind}"] = Source([f"{hub}mlp.gate_proj.{kind}", f"{hub}mlp.up_proj.{kind}"])
             plan[f"{ours}mlp.w2.{kind}"] = Source([f"{hub}mlp.down_proj.{kind}"])
-    return args, plan
+    return args, plan, []
+
+
+# transformers leaves out of config.json what its configuration classes have by default (5.17: Qwen2Config, Siglip...).
+QWEN2_DEFAULTS = {
+    "hidden_size": 4096,
+    "intermediate_size": 22016,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+    "vocab_size": 151936,
+    "max_position_embeddings": 32768,
+    "rms_norm_eps": 1e-6,
+}
+SIGLIP_DEFAULTS = {
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "image_size": 224,
+    "patch_size": 16,
+}
+SO400M_LAYERS, SO400M_HEADS = 27, 16  # google/siglip-so400m-patch14-384, the tower of all Llava-OneVision models
+
+
+def llava_hf(config: dict, hub_dir: Path) -> tuple[ModelArgs, Plan, Unused]:
+    """Llava-OneVision as transformers saves it; since 5.x the tower's keys lack a level."""
+    files, head, tower = find_tensors(hub_dir), "language_model.lm_head.weight", "vision_tower.vision_model."
+    if not any(key.startswith(tower) for key in files):
+        tower = "vision_tower."
+    text, vision = QWEN2_DEFAULTS | config["text_config"], SIGLIP_DEFAULTS | config["vision_config"]
+    refuse_others(text, {"model_type": "qwen2"}, "config.json, text_config")
+    siglip = {"model_type": "siglip_vision_model", "hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6}
+    refuse_others(vision, siglip, "config.json, vision_config")
+    full = {"vision_feature_select_strategy": "full", "projector_hidden_act": "gelu", "multimodal_projector_bias": True}
+    refuse_others(config, full | {"use_image_newline_parameter": True})
+    pixels = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "resample": 3}
+    refuse_others(read_json(hub_dir / "preprocessor_config.json", optional=True), pixels, "preprocessor_config.json")
+    args = decoder_args(text, qkv_bias=True, image_token_id=config["image_token_index"])
+    args.tie_embeddings = is_tied(config, config["text_config"], head in files)
+    layer = config.get("vision_feature_layer", -1)  # of the embedding and the layers' outputs
+    if not isinstance(layer, int):
+        raise ValueError(f"config.json: vision_feature_layer = {layer} is not supported, only one layer is")
+    args.vision = {
+        "type": "llava",
+        "dim": vision["hidden_size"],
+        "depth": layer if layer >= 0 else vision["num_hidden_layers"] + 1 + layer,
+        "n_head": vision["num_attention_heads"],
+        "hidden": vision["intermediate_size"],
+        "out_dim": args.dim,
+        "patch": vision["patch_size"],
+        "tile": vision["image_size"],
+        "resolutions": read_pinpoints(config.get("image_grid_pinpoints", "(1x1),(6x6)"), vision["image_size"]),
+        "max_tiles": read_max_tiles(config.get("vision_aspect_ratio", "anyres_max_9")),
+    }
+    plan = decoder_plan(args, "language_model.model.", head)
+    projector = {0: "multi_modal_projector.linear_1.", 2: "multi_modal_projector.linear_2."}
+    plan |= siglip_plan(args.vision, tower, projector, "image_newline")
+    return args, plan, siglip_unused(args.vision, tower)
+
+
+def llava_original(config: dict, hub_dir: Path) -> tuple[ModelArgs, Plan, Unused]:
+    """Llava-OneVision as its authors (lmms-lab) saved it. config.json names the tower: its shape is in the weights."""
+    flat = {"mm_projector_type": "mlp2x_gelu", "mm_patch_merge_type": "spatial_unpad", "mm_use_im_start_end": False}
+    refuse_others(config, flat | {"mm_vision_select_feature": "patch", "mm_use_im_patch_token": False})
+    if not (name := re.search(r"siglip.*-(\d+)$", config["mm_vision_tower"])):
+        raise ValueError(f"config.json: mm_vision_tower = {config['mm_vision_tower']} is no known SigLIP with its size")
+    tile, tower, files = int(name[1]), "model.vision_tower.vision_tower.vision_model.", find_tensors(hub_dir)
+    stored = {key.removeprefix(tower).split(".")[2] for key in files if key.startswith(tower + "encoder.layers.")}
+    args = decoder_args(config, qkv_bias=True)
+    args.tie_embeddings = is_tied(config, config, "lm_head.weight" in files)
+    args.vision = {
+        "type": "llava",
+        "dim": config["mm_hidden_size"],
+        "depth": min(len(stored), SO400M_LAYERS - 1),  # mm_vision_select_layer is -2: the last but one of 27
+        "n_head": SO400M_HEADS,
+        "hidden": shape_of(tower + "encoder.layers.0.mlp.fc1.weight", files)[0],
+        "out_dim": args.dim,
+        "patch": shape_of(tower + "embeddings.patch_embedding.weight", files)[-1],
+        "tile": tile,
+        "resolutions": [(height, width) for width, height in read_pinpoints(config["image_grid_pinpoints"], tile)],
+        "max_tiles": read_max_tiles(config["image_aspect_ratio"]),
+    }
+    projector = {0: "model.mm_projector.0.", 2: "model.mm_projector.2."}
+    plan = decoder_plan(args) | siglip_plan(args.vision, tower, projector, "model.image_newline")
+    return args, plan, siglip_unused(args.vision, tower)
+
+
+def is_tied(config: dict, text: dict, has_head: bool) -> bool:
+    """Whether the output layer is the embedding: as config.json says; where it says nothing, if there is no other."""
+    return config.get("tie_word_embeddings", False) or text.get("tie_word_embeddings", not has_head)
+
+
+def read_pinpoints(pinpoints: list | str, tile: int) -> list[tuple[int, int]]:
+    """Pairs of sides in pixels, from a list, its text, or "(1x1),...,(6x6)": all from first to last, in tiles."""
+    if isinstance(pinpoints, str) and (corners := re.findall(r"\((\d+)x(\d+)\)", pinpoints)):
+        (a, b), (c, d) = (map(int, corner) for corner in (corners[0], corners[-1]))
+        pinpoints = [(i * tile, j * tile) for i in range(a, c + 1) for j in range(b, d + 1)]
+    elif isinstance(pinpoints, str):
+        pinpoints = re.findall(r"(\d+)\s*,\s*(\d+)", pinpoints)
+    pairs = [(int(a), int(b)) for a, b in pinpoints]
+    if not pairs or any(side < tile or side % tile for pair in pairs for side in pair):
+        raise ValueError(f"config.json: image_grid_pinpoints must be pairs of multiples of {tile}")
+    return pairs
+
+
+def read_max_tiles(aspect_ratio: str) -> int:
+    if not (match := re.fullmatch(r"anyres_max_(\d+)", aspect_ratio)):
+        raise ValueError(f"config.json: images are cut up by '{aspect_ratio}'; only anyres_max_<number> is supported")
+    return int(match[1])
+
+
+def siglip_plan(vision: dict, tower: str, projector: dict[int, str], newline: str) -> Plan:
+    plan = {
+        "vision.patch_embed.weight": Source([tower + "embeddings.patch_embedding.weight"], lambda t: t.flatten(1)),
+        "vision.patch_embed.bias": Source([tower + "embeddings.patch_embedding.bias"]),
+        "vision.position_embed": Source([tower + "embeddings.position_embedding.weight"]),
+        "vision.newline": Source([newline]),
+    }
+    for kind in ("weight", "bias"):
+        for i, hub in projector.items():
+            plan[f"vision.projector.{i}.{kind}"] = Source([hub + kind])
+        for i in range(vision["depth"]):
+            hub, ours = f"{tower}encoder.layers.{i}.", f"vision.blocks.{i}."
+            plan[f"{ours}norm1.{kind}"] = Source([f"{hub}layer_norm1.{kind}"])
+            plan[f"{ours}norm2.{kind}"] = Source([f"{hub}layer_norm2.{kind}"])
+            plan[f"{ours}wqkv.{kind}"] = Source([f"{hub}self_attn.{x}_proj.{kind}" for x in "qkv"])
+            plan[f"{ours}wo.{kind}"] = Source([f"{hub}self_attn.out_proj.{kind}"])
+            plan[f"{ours}mlp.0.{kind}"] = Source([f"{hub}mlp.fc1.{kind}"])
+            plan[f"{ours}mlp.2.{kind}"] = Source([f"{hub}mlp.fc2.{kind}"])
+    return plan
+
+
+def siglip_unused(vision: dict, tower: str) -> Unused:
+    """The rows are the output of a layer, as it is: what the tower has behind that layer is not for them."""
+    behind = [f"encoder.layers.{i}." for i in range(vision["depth"], SO400M_LAYERS)] + ["post_layernorm.", "head."]
+    buffer = "embeddings.position_ids"  # 0, 1, 2, ...
+    return ["^" + re.escape(tower + name) for name in (*behind, buffer)]
 
 
 ARCHITECTURES = {
     "LlamaForCausalLM": llama,
     "Qwen2ForCausalLM": qwen2,
     "Qwen2_5_VLForConditionalGeneration": qwen2_5_vl,
+    "LlavaOnevisionForConditionalGeneration": llava_hf,
+    "LlavaQwenForCausalLM": llava_original,
 }
 
 
@@ -223,20 +369,26 @@ QUANTIZED = (".qweight", ".SCB", ".bitsandbytes__nf4", ".weight_scale_inv")  # A
 CONVERT_THE_ORIGINAL = "convert the original one, then run quantize.py"
 
 
-def check_keys(plan: Plan, files: dict[str, Path], tied: bool) -> None:
+def shape_of(key: str, files: dict[str, Path]) -> torch.Size:
+    if key not in files:
+        raise ValueError(f"the weights lack {key}: the download is incomplete or config.json is another's")
+    return read_tensor(files[key], key).shape
+
+
+def always_unused(args: ModelArgs) -> Unused:
+    """Buffers of old files are computed anew; a tied output layer repeats the embedding."""
+    return [r"rotary_emb\.inv_freq$", *([r"lm_head\.weight$"] if args.tie_embeddings else [])]
+
+
+def check_keys(plan: Plan, unused: Unused, files: dict[str, Path]) -> None:
     """Every key of the hub is used, or known to be unused; every key of the plan is there."""
     wanted = {key for source in plan.values() for key in source.keys}
     if any(key.endswith(QUANTIZED) for key in files):
         raise ValueError(f"a quantized checkpoint, by its tensors' names: {CONVERT_THE_ORIGINAL}")
     if missing := sorted(wanted - set(files)):
         raise ValueError(f"the weights lack {some(missing)}: the download is incomplete or config.json is another's")
-    if unknown := sorted(key for key in set(files) - wanted if not is_unused(key, tied)):
+    if unknown := sorted(key for key in set(files) - wanted if not any(re.search(p, key) for p in unused)):
         raise ValueError(f"the weights hold {some(unknown)}, unknown to this architecture: is config.json another's?")
-
-
-def is_unused(key: str, tied: bool) -> bool:
-    """Rotary buffers of old Llama files are computed anew; a tied output layer repeats the embedding."""
-    return key.endswith("rotary_emb.inv_freq") or (tied and key.endswith("lm_head.weight"))
 
 
 def some(names: list[str]) -> str:
@@ -340,17 +492,23 @@ def convert(hub_dir: Path, model_name: str | None = None) -> None:
         method = quantization.get("quant_method", "of an unknown method")
         raise ValueError(f"a quantized checkpoint ({method}): {CONVERT_THE_ORIGINAL}")
     try:
-        args, plan = ARCHITECTURES[architecture](config, hub_dir)
+        args, plan, unused = ARCHITECTURES[architecture](config, hub_dir)
     except KeyError as error:
         raise ValueError(f"{hub_dir / 'config.json'} or preprocessor_config.json lacks {error}") from None
     except (TypeError, AttributeError) as error:
         raise ValueError(f"{hub_dir / 'config.json'} is not as {architecture} has it ({error})") from None
+    files = find_tensors(hub_dir)
+    check_keys(plan, unused + always_unused(args), files)
+    shapes = expected_shapes(args)
+    nameless = bool(args.vision) and args.image_token_id is None
+    settings = convert_tokenizer(hub_dir, hub_dir, ["<image>"] if nameless else [])
+    if nameless:
+        args.image_token_id = settings["special_tokens"]["<image>"]
+    n_rows = shapes["embedding.weight"][0]  # the decoder looks the token up before a row of the image replaces it
+    if args.vision and args.image_token_id >= n_rows:
+        raise ValueError(f"the image token is {args.image_token_id}, the embedding has {n_rows} rows only")
     if model_name:
         check_row(model_name, args)
-    files = find_tensors(hub_dir)
-    check_keys(plan, files, args.tie_embeddings)
-    shapes = expected_shapes(args)
-    settings = convert_tokenizer(hub_dir, hub_dir)
     args.n_tokens = min(args.vocab_size, settings["n_tokens"])
     params = json.dumps({"model": asdict(args), "tokenizer": settings}, indent=1)
     tensors = ((name, build_tensor(name, source, files, shapes[name])) for name, source in plan.items())

@@ -13,6 +13,7 @@ Letters: B scenes a batch, L tokens a sample, P patches an image, N visual token
 import argparse
 import copy
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -26,6 +27,7 @@ from random import Random
 import numpy as np
 import PIL
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 import torch.utils.data
 import transformers
@@ -147,18 +149,26 @@ class Batch:
 class Sampler(torch.utils.data.Dataset):
     """Batch number -> Batch: a pure function, so that a resumed training sees what an uninterrupted one would."""
 
-    def __init__(self, tokenizer: Tokenizer, first_seed: int, n_batches: int, conversation_share: float):
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        first_seed: int,
+        n_batches: int,
+        conversation_share: float,
+        part: slice = slice(None),
+    ):
         self.tokenizer = tokenizer
         self.known: dict[str, list[int]] = {}  # most questions come again and again
         self.first_seed = first_seed
         self.n_batches = n_batches
         self.conversation_share = conversation_share
+        self.part = part  # of each batch's scenes
 
     def __len__(self) -> int:
         return self.n_batches
 
     def __getitem__(self, index: int) -> Batch:
-        seeds = batch_seeds(self.first_seed, index)
+        seeds = batch_seeds(self.first_seed, index)[self.part]
         scenes = [make_scene(seed) for seed in seeds]
         width, height = scenes[0].image.size
         grid = (height // PATCH, width // PATCH)
@@ -489,12 +499,12 @@ FAMILIES = {
         {
             "target": Recipe(
                 steps=4000,
-                naming_steps=1000,
+                naming_steps=500,
                 learning_rate=5e-3,
                 shape={"text": text_shape(128, 5, 384), "vision": vision_shape(128, 4, 256, [1, 3], 128)},
             ),
             "draft": Recipe(
-                steps=3000,
+                steps=2250,
                 naming_steps=1000,
                 learning_rate=5e-3,
                 shape={"text": text_shape(64, 4, 192), "vision": vision_shape(64, 3, 128, [1], 64)},
@@ -543,9 +553,11 @@ class Trainer:
         """One update at `fraction` of the peak learning rate. Returns the loss."""
         loss = self.loss(batch)
         loss.backward()
-        for name, weight in self.weights.items():
-            self.masters[name].grad = None if weight.grad is None else weight.grad.float()
-            weight.grad = None
+        learning = [name for name, weight in self.weights.items() if weight.grad is not None]
+        gradients = average([self.weights[name].grad.float() for name in learning])
+        for name, gradient in zip(learning, gradients):
+            self.masters[name].grad = gradient
+            self.weights[name].grad = None
         torch.nn.utils.clip_grad_norm_(self.masters.values(), 1.0)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
@@ -586,6 +598,21 @@ class Trainer:
                 weight.copy_(self.masters[name])
 
 
+def processes() -> tuple[int, int]:
+    """This process's number and how many there are: more than one under torchrun."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def average(tensors: list[Tensor]) -> list[Tensor]:
+    """Means over the processes of a torchrun; the tensors themselves without one."""
+    if not dist.is_initialized():
+        return tensors
+    flat = torch.cat([tensor.flatten() for tensor in tensors])
+    dist.all_reduce(flat)
+    parts = (flat / dist.get_world_size()).split([tensor.numel() for tensor in tensors])
+    return [part.view_as(tensor) for part, tensor in zip(parts, tensors)]
+
+
 def schedule(step: int, steps: int) -> float:
     """Fraction of the peak learning rate: 200 steps of warmup, constant, a linear descent over the last 30 %."""
     return min(1.0, (step + 1) / 200, (steps - step) / (0.3 * steps))
@@ -622,11 +649,12 @@ def train(family: Family, recipe: Recipe, tokenizer: Tokenizer, work_dir: Path) 
         trainer.load(work_dir / "training.pt")
     minutes = trainer.log[-1]["minutes"] if trainer.log else 0.0
     began, losses = time.time(), []
-    sampler = Sampler(tokenizer, 0, recipe.steps, CONVERSATION_SHARE)
+    rank, n_processes = processes()
+    sampler = Sampler(tokenizer, 0, recipe.steps, CONVERSATION_SHARE, slice(rank, None, n_processes))
     rest = torch.utils.data.Subset(sampler, range(trainer.steps, recipe.steps))
     for batch in torch.utils.data.DataLoader(rest, batch_size=None, num_workers=1, prefetch_factor=4):
         losses.append(trainer.step(batch, schedule(trainer.steps, recipe.steps)))
-        if trainer.steps % REPORT_STEPS == 0 or trainer.steps == recipe.steps:
+        if rank == 0 and (trainer.steps % REPORT_STEPS == 0 or trainer.steps == recipe.steps):
             entry = {"step": trainer.steps, "minutes": minutes + (time.time() - began) / 60}
             entry |= {"loss": sum(losses) / len(losses)} | validate(model, tokenizer)
             trainer.log.append({key: round(value, 4) for key, value in entry.items()})
@@ -763,16 +791,20 @@ def ship_scenes(destination: Path):
 def main():
     args = parse_args()
     torch.set_num_threads(args.threads)
+    if "RANK" in os.environ:  # started by torchrun
+        dist.init_process_group("gloo")
     family = FAMILIES[args.family]
     for name in family.recipes if args.model == "both" else [args.model]:
         work_dir = args.out_dir / f"{args.family}-{name}"
         if not args.evaluate:
             make(family, name, work_dir)
+        if processes()[0] > 0:
+            continue
         log = json.loads((work_dir / "log.json").read_text())
         write_json(work_dir / "log.json", log | {"held_out": report(work_dir / "hub", args.num_questions)})
         if not args.evaluate:
             ship(work_dir, REPOSITORY / "checkpoints" / (family.ship_name + "-draft" * (name == "draft")))
-    if not args.evaluate:
+    if not args.evaluate and processes()[0] == 0:
         ship_scenes(REPOSITORY / "checkpoints" / "scenes")
 
 
@@ -781,8 +813,9 @@ def make(family: Family, name: str, work_dir: Path):
     work_dir.mkdir(parents=True, exist_ok=True)
     tokenizer = train_tokenizer()
     trainer = train(family, family.recipes[name], tokenizer, work_dir)
-    family.save(trainer.model, tokenizer, work_dir / "hub")
-    write_json(work_dir / "log.json", summarize(trainer) | {"log": trainer.log})
+    if processes()[0] == 0:
+        family.save(trainer.model, tokenizer, work_dir / "hub")
+        write_json(work_dir / "log.json", summarize(trainer) | {"log": trainer.log})
 
 
 def parse_args() -> argparse.Namespace:

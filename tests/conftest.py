@@ -27,6 +27,11 @@ MAKERS = {
     "qwen2.5-tied": lambda folder, seed: hub.make_qwen_text(folder, tied=True, seed=seed),
     "qwen2.5-vl": lambda folder, seed: hub.make_qwen_vl(folder, tied=True, seed=seed),
     "qwen2.5-vl-untied": lambda folder, seed: hub.make_qwen_vl(folder, tied=False, seed=seed),
+    "llava-hf": lambda folder, seed: hub.make_llava_hf(folder, tied=False, seed=seed),
+    "llava-hf-tied": lambda folder, seed: hub.make_llava_hf(folder, tied=True, seed=seed),
+    "llava-lmms": lambda folder, seed: hub.make_llava_lmms(folder, tied=False, seed=seed),
+    "llava-lmms-tied": lambda folder, seed: hub.make_llava_lmms(folder, tied=True, seed=seed),
+    "llava-384": lambda folder, seed: hub.make_llava_hf(folder, tied=True, tile=384, tall=6, wide=6, seed=seed),
 }
 
 

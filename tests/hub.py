@@ -46,6 +46,15 @@ LLAMA2_TEMPLATE = (
     "{% if message.role == 'user' %}{{ bos_token + '[INST] ' + content.strip() + ' [/INST]' }}"
     "{% else %}{{ ' ' + content.strip() + ' ' + eos_token }}{% endif %}{% endfor %}"
 )
+LLAVA_TEMPLATE = (  # llava-hf's own
+    "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n'}}{# Render all images first #}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>\n' }}{% endfor %}"
+    "{# Render all text next #}{% if message['role'] != 'assistant' %}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}{{ content['text'] }}{% endfor %}"
+    "{% else %}{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}"
+    "{% generation %}{{ content['text'] }}{% endgeneration %}{% endfor %}{% endif %}{{'<|im_end|>' + '\n'}}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
 PADDING = 10  # rows of the vocabulary beyond the tokenizer
 SENTENCE = (
     "The quick brown fox asks how many circles there are: 12 or 7? Three, says the lazy dog, and it doesn't lie. "
@@ -281,3 +290,121 @@ def store(folder: Path, layout: str) -> None:
     if shards == "sharded":
         index = {"metadata": {}, "weight_map": weight_map}
         (folder / f"{stem}.{kind}.index.json").write_text(json.dumps(index))
+
+
+def llava_model(tokenizer: Tokenizer, n_layer: int, layer: int, tied: bool, tile: int, tall: int, wide: int, seed: int):
+    """A Llava-OneVision with a SigLIP of n_layer layers, of which `layer` gives the rows; tall x wide tiles at most."""
+    text = {
+        "model_type": "qwen2",
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": tokenizer.get_vocab_size() + PADDING,
+        "rope_theta": 1000000.0,
+        "tie_word_embeddings": tied,
+    }
+    vision = {
+        "model_type": "siglip_vision_model",
+        "hidden_size": 64,
+        "intermediate_size": 112,
+        "num_hidden_layers": n_layer,
+        "num_attention_heads": 16,
+        "image_size": tile,
+        "patch_size": 14,
+        "vision_use_head": n_layer > 3,
+    }
+    config = {
+        "text_config": text,
+        "vision_config": vision,
+        "vision_feature_layer": layer,
+        "image_token_index": tokenizer.token_to_id("<image>") or tokenizer.get_vocab_size(),
+        "image_grid_pinpoints": [[tile * i, tile * j] for i in range(1, tall + 1) for j in range(1, wide + 1)],
+        "vision_aspect_ratio": "anyres_max_9",
+    }
+    given = config | {"text_config": text | {"rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0}}}
+    model = transformers.LlavaOnevisionForConditionalGeneration(
+        transformers.LlavaOnevisionConfig(**given, tie_word_embeddings=tied)
+    )
+    randomize(model, 2 + seed)  # seeds with which greedy text varies
+    with torch.no_grad():  # as faint as patches are to SigLIP, so that the eps of its norms matters
+        for name, p in model.model.vision_tower.named_parameters():
+            if "embeddings." in name:
+                p.mul_(0.02)
+    return model.eval(), config
+
+
+def llava_names(model: torch.nn.Module, names: dict[str, str]) -> dict:
+    """The state dict with the hub's names; without a name for the output layer it is left out."""
+    state = {}
+    for name, tensor in model.state_dict().items():
+        ours = next(part for part in names if name.startswith(part))
+        if names[ours] is not None:
+            # Older versions of transformers have the level vision_model, as the hub's files do.
+            state[names[ours] + name.removeprefix(ours).removeprefix("vision_model.")] = tensor.clone()
+    return state
+
+
+def make_llava_hf(folder: Path, tied: bool, tile=60, tall=4, wide=6, seed: int = 0, dtype=torch.float32):
+    """llava-hf's layout. Tied: a tower of three layers; else four, the rows before the last, with a pooling head."""
+    tokenizer = make_tokenizer([*QWEN_SPECIALS[:3], "<image>", "<video>"])
+    layers = (3, -1) if tied else (4, -2)
+    model, config = llava_model(tokenizer, *layers, tied, tile, tall, wide, seed)
+    model = model.to(dtype)
+    names = {
+        "model.image_newline": "image_newline",
+        "model.vision_tower.": "vision_tower.vision_model.",
+        "model.multi_modal_projector.": "multi_modal_projector.",
+        "model.language_model.": "language_model.model.",
+        "lm_head.": None if tied else "language_model.lm_head.",
+    }
+    state = llava_names(model, names)
+    if not tied:
+        positions = torch.arange((tile // 14) ** 2)[None]
+        state["vision_tower.vision_model.embeddings.position_ids"] = positions  # as versions up to 4.30 saved it
+    config |= {"architectures": ["LlavaOnevisionForConditionalGeneration"], "model_type": "llava_onevision"}
+    config |= {"use_image_newline_parameter": True, "vision_feature_select_strategy": "full"}
+    stop = [tokenizer.token_to_id("<|im_end|>"), tokenizer.token_to_id("<|endoftext|>")]
+    save_hub(folder, state, config, tokenizer, LLAVA_TEMPLATE, stop)
+    pixels = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "resample": 3, "size": {"height": tile, "width": tile}}
+    (folder / "preprocessor_config.json").write_text(json.dumps(pixels))
+    return folder, model
+
+
+def make_llava_lmms(folder: Path, tied: bool, tile=60, tall=4, wide=6, seed: int = 0, dtype=torch.float32):
+    """lmms-lab's layout, of a llava-hf model. Its tokenizer has no <image>, its pinpoints are (width, height)."""
+    tokenizer = make_tokenizer(QWEN_SPECIALS[:3])
+    model, nested = llava_model(tokenizer, 3, -1, tied, tile, tall, wide, seed)
+    model = model.to(dtype)
+    names = {
+        "model.image_newline": "model.image_newline",
+        "model.vision_tower.": "model.vision_tower.vision_tower.vision_model.",
+        "model.multi_modal_projector.linear_1.": "model.mm_projector.0.",
+        "model.multi_modal_projector.linear_2.": "model.mm_projector.2.",
+        "model.language_model.": "model.",
+        "lm_head.": None if tied else "lm_head.",
+    }
+    pinpoints = [[w, h] for h, w in nested["image_grid_pinpoints"]]
+    config = nested["text_config"] | {
+        "architectures": ["LlavaQwenForCausalLM"],
+        "model_type": "llava",
+        "max_position_embeddings": 32768,
+        "rms_norm_eps": 1e-6,
+        "hidden_act": "silu",
+        "image_aspect_ratio": "anyres_max_9",
+        "image_grid_pinpoints": f"(1x1),...,({wide}x{tall})" if tied else pinpoints,
+        "mm_hidden_size": 64,
+        "mm_patch_merge_type": "spatial_unpad",
+        "mm_projector_type": "mlp2x_gelu",
+        "mm_vision_select_feature": "patch",
+        "mm_vision_select_layer": -2,
+        "mm_vision_tower": f"google/siglip-so400m-patch14-{tile}",
+        "mm_use_im_start_end": False,
+        "mm_use_im_patch_token": False,
+        "use_sliding_window": False,
+    }
+    if tied:
+        del config["tie_word_embeddings"]  # then the missing output layer tells
+    stop = [tokenizer.token_to_id("<|im_end|>"), tokenizer.token_to_id("<|endoftext|>")]
+    return save_hub(folder, llava_names(model, names), config, tokenizer, QWEN_TEMPLATE, stop), model

@@ -7,8 +7,8 @@ import generate
 from generate import Sampling, draw, probabilities
 from tests.conftest import draw as draw_picture
 
-FAMILIES = ["qwen2", "qwen2.5-vl"]
-VL_FAMILIES = ["qwen2.5-vl"]
+FAMILIES = ["qwen2", "qwen2.5-vl", "llava-hf"]
+VL_FAMILIES = ["qwen2.5-vl", "llava-hf"]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
