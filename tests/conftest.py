@@ -20,6 +20,7 @@ MAKERS = {
     "qwen2.5-tied": lambda folder, seed: hub.make_qwen_text(folder, tied=True, seed=seed),
     "qwen2.5-vl": lambda folder, seed: hub.make_qwen_vl(folder, tied=True, seed=seed),
     "qwen2.5-vl-untied": lambda folder, seed: hub.make_qwen_vl(folder, tied=False, seed=seed),
+    "llama-3.2-vision": lambda folder, seed: hub.make_llama_vision(folder, seed=seed),
 }
 
 
