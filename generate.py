@@ -27,6 +27,7 @@ DEFAULT_CHECKPOINT = ROOT / "checkpoints/tiny-qwen2.5-vl/model.pth"
 DEFAULT_IMAGE = ROOT / "checkpoints/scenes/shapes-1.png"
 DEFAULT_PROMPT = "Describe the image."
 CACHE_BUCKET = 512  # slots: cache sizes are multiples of it, so that similar prompts share a compiled step
+CROSS_BUCKET = 6656  # rows: one image of Llama-3.2-Vision has up to 6404
 TOKENS_PER_READ = 8  # an accelerator runs this many steps ahead before the host looks for a stop token
 
 
@@ -44,6 +45,7 @@ class Engine:
     encoder: nn.Module | None
     step: Callable[[Tensor, Tensor], Tensor]  # model.forward, compiled or not
     max_cache_size: int | None = None  # slots; None: as many as the prompts turn out to need
+    cross_attention_seq_length: int | None = None  # rows of images in the cross caches; None: likewise
     pruning: Pruning | None = None  # of visual tokens
     draft: "Engine | None" = None
     speculate_k: int = 5  # guesses a step
@@ -69,7 +71,7 @@ class Engine:
             return self.draft.prompt([token for token in tokens if token != image_id], [])
         return self.draft.prompt([draft_id if token == image_id else token for token in tokens], images)
 
-    def reserve(self, n_prompt: int, max_new_tokens: int) -> int:
+    def reserve(self, n_prompt: int, max_new_tokens: int, n_cross: int = 0) -> int:
         """Make room in the caches; return how many of max_new_tokens fit. Raises ValueError if the prompt does not."""
         context = self.model.args.max_seq_len
         limit = min(self.max_cache_size or context, context)
@@ -77,11 +79,16 @@ class Engine:
             what = "context" if limit == context else "cache (--max_cache_size, --draft_max_cache_size)"
             raise ValueError(f"the prompt has {n_prompt} tokens, the {what} holds {limit}")
         n_new = min(max_new_tokens, limit - n_prompt + 1)  # the last token is never put into the cache
+        rows = n_cross and (self.cross_attention_seq_length or -(-n_cross // CROSS_BUCKET) * CROSS_BUCKET)
+        if n_cross > rows:
+            raise ValueError(f"the images have {n_cross} rows, the cache (--cross_attention_seq_length) holds {rows}")
         n_slots = min(n_prompt + n_new - 1 + self.speculate_k, limit)  # the last step may guess past the end
         if n_slots > self.model.n_slots:
             bucket = -(-n_slots // CACHE_BUCKET) * CACHE_BUCKET
             # Doubled, so that a growing conversation seldom has to be prefilled again.
-            self.model.setup_caches(self.max_cache_size or max(bucket, 2 * self.model.n_slots))
+            n_slots = self.max_cache_size or max(bucket, 2 * self.model.n_slots)
+        if n_slots > self.model.n_slots or n_cross > self.model.n_cross:
+            self.model.setup_caches(max(n_slots, self.model.n_slots), max(rows, self.model.n_cross))
             self.held = []
         return n_new
 
@@ -233,7 +240,7 @@ def generate(
     start = time.perf_counter()
     prompt = engine.prompt(tokens, images)
     encoded = now(device)
-    n_new = engine.reserve(len(prompt), max_new_tokens)
+    n_new = engine.reserve(len(prompt), max_new_tokens, prompt.cross_mask.shape[1])
     n_tokens = engine.model.args.n_tokens
     ids = draw(probabilities(engine.prefill(prompt), n_tokens, sampling)).tolist()
     first = time.perf_counter()
@@ -247,7 +254,7 @@ def generate(
     }
     if draft:
         draft_prompt = engine.draft_prompt(tokens, images)
-        draft.reserve(len(draft_prompt), n_new)
+        draft.reserve(len(draft_prompt), n_new, draft_prompt.cross_mask.shape[1])
         draft.prefill(draft_prompt)
         result["draft_n_visual_tokens"] = 0 if draft_prompt.visual is None else len(draft_prompt.visual)
         result["draft_time_to_first_token_s"] = now(draft.device) - first
@@ -503,6 +510,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--compile", action="store_true", help="compile the decode step")
     parser.add_argument("--compile_prefill", action="store_true", help="compile the encoder and prefill too")
     parser.add_argument("--max_cache_size", type=number(int, 1), help="tokens; default: as many as needed")
+    parser.add_argument("--cross_attention_seq_length", type=number(int, 1), help="rows of images; default: as needed")
     parser.add_argument("--max_new_tokens", type=number(int, 1), default=200)
     parser.add_argument("--temperature", type=number(float, 0), default=0.0, help="0: always the most likely token")
     parser.add_argument("--top_k", type=number(int, 1), help="sample among the k most likely tokens only")
@@ -543,6 +551,7 @@ def load_engine(args: argparse.Namespace) -> tuple[Engine, Tokenizer]:
     check_device(args.device)
     engine, tokenizer = load(args.checkpoint_path, args.device, dtype)
     engine.max_cache_size = args.max_cache_size
+    engine.cross_attention_seq_length = args.cross_attention_seq_length
     if args.draft_checkpoint_path:
         check_device(args.draft_device or args.device)
         draft, draft_tokenizer = load(args.draft_checkpoint_path, args.draft_device or args.device, dtype)

@@ -3,7 +3,7 @@
 Knows tokens, positions and rows of an encoder. Does not know images, files, tokenizers or sampling.
 
 Shapes: S tokens of this call, T cache slots, D model width, H query heads, G key/value heads, d head width,
-V vocabulary rows, N visual rows. There is no batch dimension.
+V vocabulary rows, N visual rows, C slots of the cross caches. There is no batch dimension.
 """
 
 import math
@@ -34,6 +34,8 @@ class ModelArgs:
     mrope_section: tuple[int, int, int] | None = None  # frequencies that follow (time, height, width)
     qkv_bias: bool = False
     tie_embeddings: bool = False  # the output layer is the embedding table
+    n_unspoken: int = 0  # rows of the embedding alone, after vocab_size: tokens that are read and never said
+    cross_attention_layers: tuple[int, ...] = ()  # those that look at visual rows instead of at earlier tokens
     image_token_id: int | None = None
     vision: dict | None = None
 
@@ -58,6 +60,13 @@ PIXELS = dict(patch=14, merge=2, window=112, full_layers=[7, 15, 23, 31], min_pi
 VIT = dict(PIXELS, type="qwen2_5_vl", dim=1280, depth=32, n_head=16, hidden=3420)
 VIT_72B = dict(VIT, hidden=3456)
 LLAVA = dict(image_token_id=151646)
+TILES = [(384 * height, 384 * width) for height in range(1, 7) for width in range(1, 7)]
+SIGLIP = dict(type="llava", dim=1152, depth=26, n_head=16, hidden=4304, patch=14, tile=384, max_tiles=9)
+LLAVA_VIT = dict(SIGLIP, resolutions=[(height, width) for width, height in TILES])  # lmms-lab's order; llava-hf's is
+LLAVA_HF_VIT = dict(SIGLIP, resolutions=TILES)  # another, which tells between canvases that keep as much
+LLAMA_VL = dict(LLAMA31, image_token_id=128256, n_unspoken=8)
+MLLAMA_VIT = dict(type="llama3_2_vision", dim=1280, depth=32, n_global=8, n_head=16, hidden=5120)
+MLLAMA_VIT |= dict(tile=560, patch=14, max_tiles=4, keep=[3, 7, 15, 23, 30])
 MODELS = {
     "Llama-2-7b-hf": dict(vocab_size=32000, dim=4096, n_layer=32, n_head=32, intermediate_size=11008),
     "Llama-2-13b-hf": dict(vocab_size=32000, dim=5120, n_layer=40, n_head=40, intermediate_size=13824),
@@ -95,15 +104,18 @@ MODELS |= {  # the same sizes in other models
     "Qwen2.5-VL-3B-Instruct": dict(MODELS["Qwen2.5-3B"], **QWEN_VL, vision=dict(VIT, out_dim=2048)),
     "Qwen2.5-VL-7B-Instruct": dict(MODELS["Qwen2.5-7B-Instruct"], **QWEN_VL, vision=dict(VIT, out_dim=3584)),
     "Qwen2.5-VL-72B-Instruct": dict(MODELS["Qwen2.5-72B-Instruct"], **QWEN_VL, vision=dict(VIT_72B, out_dim=8192)),
-    "llava-onevision-qwen2-0.5b-si": dict(MODELS["Qwen2.5-0.5B"], **LLAVA),
-    "llava-onevision-qwen2-7b-si": dict(MODELS["Qwen2.5-7B-Instruct"], **LLAVA),
-    "llava-onevision-qwen2-72b-si": dict(MODELS["Qwen2.5-72B-Instruct"], **LLAVA),
-    "llava-onevision-qwen2-0.5b-si-hf": dict(MODELS["Qwen2.5-0.5B"], **LLAVA, vocab_size=152000),
-    "llava-onevision-qwen2-7b-si-hf": dict(MODELS["Qwen2.5-7B-Instruct"], **LLAVA, vocab_size=152128),
-    "llava-onevision-qwen2-72b-si-hf": dict(MODELS["Qwen2.5-72B-Instruct"], **LLAVA, vocab_size=152128),
-    "Llama-3.2-11B-Vision": dict(MODELS["Meta-Llama-3-8B"], **LLAMA31, n_layer=40),
-    "Llama-3.2-90B-Vision": dict(MODELS["Meta-Llama-3-70B"], **LLAMA31, n_layer=100),
+    "Llama-3.2-11B-Vision": dict(MODELS["Meta-Llama-3-8B"], **LLAMA_VL, n_layer=40),
+    "Llama-3.2-90B-Vision": dict(MODELS["Meta-Llama-3-70B"], **LLAMA_VL, n_layer=100),
 }
+for size, base, hf_rows in (("0.5b", "0.5B", 152000), ("7b", "7B-Instruct", 152128), ("72b", "72B-Instruct", 152128)):
+    row = dict(MODELS[f"Qwen2.5-{base}"], **LLAVA)
+    MODELS[f"llava-onevision-qwen2-{size}-si"] = dict(row, vision=dict(LLAVA_VIT, out_dim=row["dim"]))
+    hf = dict(row, vocab_size=hf_rows, vision=dict(LLAVA_HF_VIT, out_dim=row["dim"]))
+    MODELS[f"llava-onevision-qwen2-{size}-si-hf"] = hf
+for name in ("Llama-3.2-11B-Vision", "Llama-3.2-90B-Vision"):
+    row = MODELS[name]
+    row["cross_attention_layers"] = tuple(range(3, row["n_layer"], 5))
+    row["vision"] = dict(MLLAMA_VIT, out_dim=row["dim"])
 
 
 @dataclass
@@ -114,10 +126,11 @@ class Prompt:
     or a negative number made of the image's content and the row's index.
     """
 
-    tokens: Tensor  # [S] ids; the image token stands where a visual row goes
+    tokens: Tensor  # [S] ids; the image token stands where a visual row goes, or once for an image that is looked at
     rope_pos: Tensor  # [S, 3] (time, height, width); three equal columns for text
     key: list[int]  # S of them
     next_pos: int  # the rotary position of the token after the prompt
+    cross_mask: Tensor  # [S, N] bool: who may look at which row; [S, 0] if there are none to look at
     visual: Tensor | None = None  # [N, D] rows from the encoder, in image order
     image_mask: Tensor | None = None  # [S] bool: which tokens the rows replace, N of them
 
@@ -132,6 +145,7 @@ class Step(NamedTuple):
     sin: Tensor  # [S, d] float32
     input_pos: Tensor  # [S] the cache slot of each token
     mask: Tensor | None  # [S, T] which slots a token sees; None: the cache is empty, attend causally over these tokens
+    cross_mask: Tensor  # [S, C or fewer] which slots of the cross caches a token sees; [S, 0]: there are no images
 
 
 def inverse_frequencies(args: ModelArgs, device) -> Tensor:
@@ -157,6 +171,15 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return (x.float() * cos + turned * sin).type_as(x)
 
 
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """[S, H * d] of queries [H, S, d], keys and values [G, T, d], mask [S, T]; without a mask causally."""
+    # A group of query heads shares one key/value head: a broadcast view, nothing is repeated in memory.
+    q = q.unflatten(0, (len(k), -1))  # [G, H/G, S, d]
+    k, v = (t[:, None].expand(-1, q.shape[1], -1, -1) for t in (k, v))
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+    return y.flatten(0, 1).transpose(0, 1).flatten(1)
+
+
 class Attention(nn.Module):
     def __init__(self, args: ModelArgs):
         super().__init__()
@@ -177,11 +200,33 @@ class Attention(nn.Module):
         self.v_cache[:, step.input_pos] = v
         if step.mask is not None:
             k, v = self.k_cache, self.v_cache
-        # A group of query heads shares one key/value head: a broadcast view, nothing is repeated in memory.
-        q = q.unflatten(0, (self.n_kv_head, -1))  # [G, H/G, S, d]
-        k, v = (t[:, None].expand(-1, q.shape[1], -1, -1) for t in (k, v))
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=step.mask, is_causal=step.mask is None)
-        return self.wo(y.flatten(0, 1).transpose(0, 1).flatten(1))
+        return self.wo(attend(q, k, v, step.mask))
+
+
+class CrossAttention(nn.Module):
+    """Tokens look at the rows of images. There are no positions here: norms take the place of the rotation."""
+
+    def __init__(self, args: ModelArgs):
+        super().__init__()
+        self.n_kv_head, self.head_dim = args.n_kv_head, args.head_dim
+        self.wq = nn.Linear(args.dim, args.n_head * args.head_dim, bias=False)
+        self.wkv = nn.Linear(args.dim, 2 * args.n_kv_head * args.head_dim, bias=False)
+        self.wo = nn.Linear(args.n_head * args.head_dim, args.dim, bias=False)
+        self.q_norm = nn.RMSNorm(args.head_dim, args.norm_eps)
+        self.k_norm = nn.RMSNorm(args.head_dim, args.norm_eps)
+
+    setup_cache = Attention.setup_cache
+
+    def remember(self, visual: Tensor) -> None:
+        """Keys and values of the rows [N, D] into the first slots: all that later tokens need of the images."""
+        k, v = self.wkv(visual).unflatten(-1, (2, self.n_kv_head, self.head_dim)).permute(1, 2, 0, 3)  # [G, N, d]
+        self.k_cache[:, : len(visual)] = self.k_norm(k)
+        self.v_cache[:, : len(visual)] = v
+
+    def forward(self, x: Tensor, step: Step) -> Tensor:
+        q = self.q_norm(self.wq(x).unflatten(-1, (-1, self.head_dim))).transpose(0, 1)  # [H, S, d]
+        n = step.cross_mask.shape[1]
+        return self.wo(attend(q, self.k_cache[:, :n], self.v_cache[:, :n], step.cross_mask))
 
 
 class FeedForward(nn.Module):
@@ -208,23 +253,45 @@ class Block(nn.Module):
         return x + self.feed_forward(self.ffn_norm(x))
 
 
+class CrossBlock(Block):
+    """A layer of Llama 3.2 Vision (arXiv 2407.21783, section 7) that looks at images.
+
+    A token that sees no image passes unchanged: Meta's code zeroes its attention output and its MLP.
+    """
+
+    def __init__(self, args: ModelArgs):
+        super().__init__(args)
+        self.attention = CrossAttention(args)
+        self.gates = nn.Parameter(torch.zeros(2))  # tanh of it: how much of attention and MLP is added
+
+    def forward(self, x: Tensor, step: Step) -> Tensor:
+        if step.cross_mask.shape[1] == 0:
+            return x
+        attention_gate, ffn_gate = self.gates.tanh()
+        y = x + attention_gate * self.attention(self.attention_norm(x), step)
+        y = y + ffn_gate * self.feed_forward(self.ffn_norm(y))
+        return torch.where(step.cross_mask.any(dim=1, keepdim=True), y, x)  # y may be NaN where nothing is seen
+
+
 class Transformer(nn.Module):
     """Call setup_caches once, prefill for each prompt, then forward for whatever follows."""
 
     def __init__(self, args: ModelArgs):
         super().__init__()
         self.args = args
-        self.embedding = nn.Embedding(args.vocab_size, args.dim)
-        self.layers = nn.ModuleList(Block(args) for _ in range(args.n_layer))
+        self.embedding = nn.Embedding(args.vocab_size + args.n_unspoken, args.dim)
+        blocks = [CrossBlock if i in args.cross_attention_layers else Block for i in range(args.n_layer)]
+        self.layers = nn.ModuleList(block(args) for block in blocks)
         self.norm = nn.RMSNorm(args.dim, args.norm_eps)
         self.output = nn.Linear(args.dim, args.vocab_size, bias=False)
-        self.n_slots = 0
+        self.n_slots, self.n_cross = 0, 0
 
-    def setup_caches(self, n_slots: int) -> None:
-        """Room for n_slots tokens. What the caches held is lost."""
+    def setup_caches(self, n_slots: int, n_cross: int = 0) -> None:
+        """Room for n_slots tokens, and for n_cross rows of images to look at. What the caches held is lost."""
         device, dtype = self.norm.weight.device, self.norm.weight.dtype
-        for layer in self.layers:
-            layer.attention.setup_cache(n_slots, device, dtype)
+        for i, layer in enumerate(self.layers):
+            n = n_cross if i in self.args.cross_attention_layers else n_slots
+            layer.attention.setup_cache(n, device, dtype)
         section = torch.tensor(self.args.mrope_section or (self.args.head_dim // 2, 0, 0))
         axis = torch.arange(3).repeat_interleave(section).to(device)
         self.register_buffer("rope_axis", axis, persistent=False)  # [d/2] the column that a frequency follows
@@ -232,7 +299,9 @@ class Transformer(nn.Module):
         # Rotary position minus cache slot after the prompt: an image takes fewer positions than tokens.
         self.register_buffer("rope_delta", torch.zeros((), dtype=torch.long, device=device), persistent=False)
         self.register_buffer("slots", torch.arange(n_slots, device=device), persistent=False)
-        self.n_slots = n_slots
+        # What the prompt's last token may look at, and so does whatever follows.
+        self.register_buffer("cross_seen", torch.zeros(n_cross, dtype=torch.bool, device=device), persistent=False)
+        self.n_slots, self.n_cross = n_slots, n_cross
 
     def angles(self, rope_pos: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin [S, d] of the rotary positions [S, 3]."""
@@ -243,16 +312,22 @@ class Transformer(nn.Module):
     def forward(self, tokens: Tensor, input_pos: Tensor) -> Tensor:
         """Logits [S, V] of tokens [S] that go into the slots input_pos [S]; each sees the slots up to its own."""
         rope_pos = (input_pos + self.rope_delta)[:, None].expand(-1, 3)
-        step = Step(*self.angles(rope_pos), input_pos, self.slots <= input_pos[:, None])
+        seen = self.cross_seen.expand(len(tokens), -1)
+        step = Step(*self.angles(rope_pos), input_pos, self.slots <= input_pos[:, None], seen)
         return self.run_layers(self.embedding(tokens), step)
 
     def prefill(self, prompt: Prompt) -> Tensor:
         """Logits [1, V] of the prompt's last token; the caches hold this prompt and nothing else."""
         x = self.embedding(prompt.tokens)
-        if prompt.visual is not None:
+        if prompt.image_mask is not None:
             x = x.masked_scatter(prompt.image_mask[:, None], prompt.visual.to(x.dtype))
         self.rope_delta.fill_(prompt.next_pos - len(prompt))
-        step = Step(*self.angles(prompt.rope_pos), self.slots[: len(prompt)], mask=None)
+        self.cross_seen.zero_()
+        if n_cross := prompt.cross_mask.shape[1]:
+            self.cross_seen[:n_cross] = prompt.cross_mask[-1]
+            for i in self.args.cross_attention_layers:
+                self.layers[i].attention.remember(prompt.visual.to(x.dtype))
+        step = Step(*self.angles(prompt.rope_pos), self.slots[: len(prompt)], None, prompt.cross_mask)
         return self.run_layers(x, step, last_only=True)
 
     def run_layers(self, x: Tensor, step: Step, last_only: bool = False) -> Tensor:

@@ -2,8 +2,9 @@
 
 Knows images, the encoders' weights and which token stands for an image. Does not know sampling, checkpoints or the
 command line. An encoder is three methods: preprocess(image) -> pixels, grid; forward(pixels, grid) -> rows [N, D];
-positions(n, grid) -> [N, 3], the rows' rotary positions counted from the place where the image stands. One that treats
-an image otherwise when others are in the prompt has preprocess_several too.
+positions(n, grid) -> [N, 3], the rows' rotary positions counted from the place where the image stands. Rows go into the
+sequence, or, of an encoder that says `looked_at`, stay beside it, and one token stands for the image. An encoder that
+treats an image otherwise when others are in the prompt has preprocess_several too.
 
 Shapes: P patches, E encoder width, N rows for the decoder, D decoder width, W windows, L patches a window, T tiles.
 """
@@ -73,24 +74,30 @@ class GatedMLP(nn.Module):
 
 
 class VisionBlock(nn.Module):
-    """A transformer layer on x [B, L, E], for every encoder; norm and mlp are what the families disagree on."""
+    """A transformer layer on x [B, L, E], for every encoder; the arguments are what the families disagree on."""
 
-    def __init__(self, dim: int, n_head: int, norm, mlp: nn.Module):
+    def __init__(self, dim: int, n_head: int, norm, mlp: nn.Module, bias: bool = True, gated: bool = False):
         super().__init__()
         self.n_head = n_head
         self.norm1, self.norm2 = norm(dim), norm(dim)
-        self.wqkv = nn.Linear(dim, 3 * dim)
-        self.wo = nn.Linear(dim, dim)
+        self.wqkv = nn.Linear(dim, 3 * dim, bias=bias)
+        self.wo = nn.Linear(dim, dim, bias=bias)
         self.mlp = mlp
+        self.gates = (
+            nn.Parameter(torch.zeros(2)) if gated else None
+        )  # tanh of it: how much of attention and MLP is added
 
     def forward(self, x: Tensor, mask: Tensor | None = None, rope: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        """mask [B, 1, 1, L] bool: which patches may be seen; rope: cos and sin [B, 1, L, E / n_head]."""
+        """mask [B, 1, 1 or L, L] bool: which patches may be seen; rope: cos and sin [B, 1, L, E / n_head]."""
         q, k, v = self.wqkv(self.norm1(x)).unflatten(-1, (3, self.n_head, -1)).permute(2, 0, 3, 1, 4)
         if rope is not None:
             q, k = rotate(q, *rope), rotate(k, *rope)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        x = x + self.wo(y.transpose(1, 2).flatten(2))
-        return x + self.mlp(self.norm2(x))
+        x = x + self.gate(0, self.wo(y.transpose(1, 2).flatten(2)))
+        return x + self.gate(1, self.mlp(self.norm2(x)))
+
+    def gate(self, i: int, x: Tensor) -> Tensor:
+        return x if self.gates is None else x * self.gates[i].tanh()
 
 
 class QwenEncoder(nn.Module):
@@ -98,6 +105,8 @@ class QwenEncoder(nn.Module):
 
     Patches are numbered as the hub's processor numbers them: the merge x merge patches of a row stand together.
     """
+
+    looked_at = False
 
     def __init__(
         self, *, dim, depth, n_head, hidden, out_dim, patch, merge, window, full_layers, min_pixels, max_pixels
@@ -190,6 +199,8 @@ class LlavaEncoder(nn.Module):
     of each. An image among others has no tiles: its overview and one newline token.
     """
 
+    looked_at = False
+
     def __init__(self, *, dim, depth, n_head, hidden, out_dim, patch, tile, resolutions, max_tiles):
         super().__init__()
         self.patch, self.tile, self.side = patch, tile, tile // patch  # a tile's sides in pixels and in patches
@@ -274,7 +285,86 @@ class LlavaEncoder(nn.Module):
         return torch.arange(n)[:, None].expand(-1, 3)
 
 
-ENCODERS = {"qwen2_5_vl": QwenEncoder, "llava": LlavaEncoder}
+class LlamaEncoder(nn.Module):
+    """Llama 3.2 Vision (arXiv 2407.21783, section 7): up to four tiles, local blocks, then gated global ones.
+
+    A row is the output and the inputs of the blocks in `keep`, side by side, projected to the decoder's width.
+    """
+
+    looked_at = True
+
+    def __init__(self, *, dim, depth, n_global, n_head, hidden, out_dim, tile, patch, max_tiles, keep):
+        super().__init__()
+        self.tile, self.patch, self.max_tiles, self.keep, self.depth = tile, patch, max_tiles, keep, depth
+        sides = range(1, max_tiles + 1)
+        self.grids = [(height, width) for height in sides for width in sides if height * width <= max_tiles]
+        n_patches = (tile // patch) ** 2
+        self.patch_embed = nn.Linear(3 * patch * patch, dim, bias=False)
+        # Whatever is added to the patches and to the class token in front of each tile; index 0 is for no image.
+        self.place = nn.Parameter(torch.empty(1 + len(self.grids), max_tiles, 1 + n_patches, dim))
+        self.tile_place = nn.Parameter(torch.empty(1 + len(self.grids), max_tiles, 1, dim))
+        self.norm_pre, self.norm_post = nn.LayerNorm(dim), nn.LayerNorm(dim)
+        mlp = lambda: nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, dim))
+        gated = [False] * depth + [True] * n_global
+        self.blocks = nn.ModuleList(VisionBlock(dim, n_head, nn.LayerNorm, mlp(), bias=False, gated=g) for g in gated)
+        self.projector = nn.Linear(dim * (1 + len(keep)), out_dim)
+
+    def choose_grid(self, width: int, height: int) -> tuple[int, int]:
+        """(rows, columns) of tiles: the least enlargement, else the least reduction; of equals the smallest."""
+
+        def badness(grid: tuple[int, int]) -> tuple:
+            scale = min(grid[0] * self.tile / height, grid[1] * self.tile / width)
+            return scale < 1, scale if scale >= 1 else -scale, grid[0] * grid[1]
+
+        return min(self.grids, key=badness)
+
+    def resize_to(self, width: int, height: int, grid: tuple[int, int]) -> tuple[int, int]:
+        """(width, height) that fits the tiles; a picture is not enlarged beyond one tile's side."""
+        most = min(max(width, self.tile), grid[1] * self.tile), min(max(height, self.tile), grid[0] * self.tile)
+        if most[0] / width < most[1] / height:
+            return most[0], min(floor(height * (most[0] / width)) or 1, most[1])
+        return min(floor(width * (most[1] / height)) or 1, most[0]), most[1]
+
+    def preprocess(self, image: Image.Image) -> tuple[Tensor, tuple[int, int]]:
+        """pixels [tiles, P, 3 * patch * patch] and the grid (height, width) in tiles."""
+        grid = self.choose_grid(*image.size)
+        canvas = Image.new("RGB", (grid[1] * self.tile, grid[0] * self.tile))
+        canvas.paste(image.resize(self.resize_to(*image.size, grid), Image.Resampling.BILINEAR))
+        pixels = to_pixels(canvas, CLIP_MEAN, CLIP_STD).unflatten(2, (grid[1], -1, self.patch))
+        pixels = pixels.unflatten(1, (grid[0], -1, self.patch))  # [3, tiles, P, patch, tiles, P, patch]: down, across
+        return pixels.permute(1, 4, 2, 5, 0, 3, 6).flatten(4).flatten(2, 3).flatten(0, 1), grid
+
+    def forward(self, pixels: Tensor, grid: tuple[int, int]) -> Tensor:
+        """[N, D] from pixels [tiles, P, 3 * patch * patch]; N counts the tiles in use, and their class tokens.
+
+        Unused tiles and rows up to a multiple of 8 are seen by the patches, as in training; only padding does not see
+        padding. So they can be dropped at the end, not before.
+        """
+        aspect, n_tiles = 1 + self.grids.index(grid), len(pixels)
+        patches = self.patch_embed(pixels)  # [tiles, P, E]
+        x = F.pad(patches, (0, 0, 1, 0, 0, self.max_tiles - n_tiles)) + self.place[aspect]
+        n_rows = x.shape[1]
+        x = F.pad(self.norm_pre(x), (0, 0, 0, -n_rows % 8))  # [max_tiles, L / max_tiles, E]
+        used = torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device)
+        used[:n_tiles, :n_rows] = True
+        mask = used.view(-1, 1) | used.view(-1)  # [L, L]
+        kept = []
+        for i, block in enumerate(self.blocks):
+            if i in self.keep:
+                kept.append(x[:n_tiles, :n_rows])
+            if i == self.depth:
+                x = self.norm_post(x) + self.tile_place[aspect]
+            x = block(x.view(1, -1, x.shape[-1]), mask).view_as(x)
+        # The hub's column order: the output, then feature by feature the kept states.
+        rows = torch.cat((x[:n_tiles, :n_rows], torch.stack(kept, dim=-1).flatten(-2)), dim=-1)
+        return self.projector(rows.flatten(0, 1))
+
+    def positions(self, n: int, grid: tuple[int, int]) -> Tensor:
+        """[1, 3]: however many rows there are, one token stands for the image."""
+        return torch.zeros(1, 3, dtype=torch.long)
+
+
+ENCODERS = {"qwen2_5_vl": QwenEncoder, "llava": LlavaEncoder, "llama3_2_vision": LlamaEncoder}
 
 
 def build_encoder(vision: dict) -> nn.Module:
@@ -286,7 +376,7 @@ class Encoded(NamedTuple):
     """What is kept of an image: all that a later prompt needs to place it again."""
 
     rows: Tensor  # [N, D]
-    positions: Tensor  # [N, 3]
+    positions: Tensor  # [N, 3] of the tokens that stand for the image
     key: int  # of the image's content
 
 
@@ -321,6 +411,19 @@ def survivors(n: int, pruning: Pruning | None, image: int = 0) -> Tensor:
     return (2 * torch.arange(kept) + 1) * n // (2 * kept)  # the middles of `kept` equal stretches
 
 
+def who_sees(is_image: Tensor, n_rows: list[int]) -> Tensor:
+    """[S, N] bool: a token sees the last image at or before it, with those that stand directly in front of that one.
+
+    The rule of Meta's create_vision_mask (llama-models). is_image [S]: the image tokens; n_rows: the rows of each.
+    """
+    place = is_image.nonzero().flatten()  # [images]
+    begins = is_image & ~F.pad(is_image[:-1], (1, 0))
+    group = begins.cumsum(0)  # [S] images in a row are one group; text belongs to the group before it
+    token = torch.arange(len(is_image), device=is_image.device)
+    sees = (group[:, None] == group[place]) & (token[:, None] >= place)  # [S, images]
+    return sees.repeat_interleave(torch.tensor(n_rows, dtype=torch.long, device=is_image.device), dim=1)
+
+
 def build_prompt(
     tokens: list[int],
     images: list[Image.Image] = (),
@@ -348,10 +451,11 @@ def build_prompt(
         if encoder and token == image_token_id:
             image = next(shown)
             keep = survivors(len(image.rows), pruning, len(visual))
-            ids += [token] * len(keep)
-            key += [-1 - (image.key << 20) - i for i in keep.tolist()]
-            rope_pos.append(next_pos + image.positions[keep])
             visual.append(image.rows[keep.to(image.rows.device)])
+            places = torch.zeros(1, dtype=torch.long) if encoder.looked_at else keep
+            ids += [token] * len(places)
+            key += [-1 - (image.key << 20) - i for i in places.tolist()]
+            rope_pos.append(next_pos + image.positions[places])
             next_pos += int(image.positions.max()) + 1
         else:
             ids.append(token)
@@ -359,11 +463,14 @@ def build_prompt(
             rope_pos.append(torch.full((1, 3), next_pos))
             next_pos += 1
     ids = torch.tensor(ids, device=device)
+    is_image = torch.tensor([k < 0 for k in key], device=device)
+    looked_at, n_rows = encoder is not None and encoder.looked_at, [len(rows) for rows in visual]
     return Prompt(
         tokens=ids,
         rope_pos=torch.cat(rope_pos).to(device),
         key=key,
         next_pos=next_pos,
         visual=torch.cat(visual) if visual else None,
-        image_mask=ids == image_token_id if visual else None,
+        image_mask=is_image if visual and not looked_at else None,
+        cross_mask=who_sees(is_image, n_rows) if looked_at else is_image.new_zeros(len(key), 0),
     )

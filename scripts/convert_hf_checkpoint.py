@@ -35,6 +35,7 @@ class Source:
     keys: list[str]
     change: Callable[[Tensor], Tensor] = lambda tensor: tensor
     dtype: torch.dtype | None = None  # None: as in the hub's file
+    join: Callable[[list[Tensor]], Tensor] = lambda parts: torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
 Plan = dict[str, Source]  # name in model.pth -> where it comes from
@@ -293,12 +294,107 @@ def siglip_unused(vision: dict, tower: str) -> Unused:
     return ["^" + re.escape(tower + name) for name in (*behind, buffer)]
 
 
+MLLAMA_TILES = 4
+MLLAMA_GRIDS = [[1, 1], [1, 2], [1, 3], [1, 4], [2, 1], [2, 2], [3, 1], [4, 1]]  # (height, width) in tiles
+
+
+def mllama(config: dict, hub_dir: Path) -> tuple[ModelArgs, Plan, Unused]:
+    text, vision = config["text_config"], config["vision_config"]
+    assumed = {"hidden_act": "gelu", "norm_eps": 1e-5, "num_channels": 3}
+    assumed |= {"max_num_tiles": MLLAMA_TILES, "supported_aspect_ratios": MLLAMA_GRIDS}
+    for name, wanted in assumed.items():
+        if vision.get(name, wanted) != wanted:
+            raise ValueError(f"config.json: vision {name} = {vision[name]} is not supported, only {wanted} is")
+    args = decoder_args(text, image_token_id=config["image_token_index"])
+    args.n_unspoken = 8  # by the hub's code, and Meta's (learnable_embedding); the first is the image token
+    args.cross_attention_layers = tuple(text["cross_attention_layers"])
+    args.vision = {
+        "type": "llama3_2_vision",
+        "dim": vision["hidden_size"],
+        "depth": vision["num_hidden_layers"],
+        "n_global": vision["num_global_layers"],
+        "n_head": vision["attention_heads"],
+        "hidden": vision["intermediate_size"],
+        "out_dim": text["hidden_size"],
+        "tile": vision["image_size"],
+        "patch": vision["patch_size"],
+        "max_tiles": MLLAMA_TILES,
+        "keep": vision["intermediate_layers_indices"],
+    }
+    plan = decoder_plan(args, "language_model.model.", "language_model.lm_head.weight")
+    for i in args.cross_attention_layers:
+        hub, ours = f"language_model.model.layers.{i}.", f"layers.{i}."
+        del plan[f"{ours}attention.wqkv.weight"]
+        plan[f"{ours}attention.wq.weight"] = Source([hub + "cross_attn.q_proj.weight"])
+        plan[f"{ours}attention.wkv.weight"] = Source([f"{hub}cross_attn.{x}_proj.weight" for x in "kv"])
+        plan[f"{ours}attention.wo.weight"] = Source([hub + "cross_attn.o_proj.weight"])
+        plan[f"{ours}attention.q_norm.weight"] = Source([hub + "cross_attn.q_norm.weight"])
+        plan[f"{ours}attention.k_norm.weight"] = Source([hub + "cross_attn.k_norm.weight"])
+        plan[f"{ours}gates"] = Source([hub + "cross_attn_attn_gate", hub + "cross_attn_mlp_gate"])
+    return args, plan | mllama_encoder_plan(args.vision), []
+
+
+def mllama_encoder_plan(vision: dict) -> Plan:
+    plan = {"vision.patch_embed.weight": Source(["vision_model.patch_embedding.weight"], lambda t: t.flatten(1))}
+    plan["vision.place"] = Source(
+        [f"vision_model.{name}" for name in PLACE_PARTS], dtype=torch.float32, join=add_places
+    )
+    parts = [f"vision_model.post_tile_positional_embedding.{name}" for name in ("embedding.weight", "gate")]
+    plan["vision.tile_place"] = Source(parts, dtype=torch.float32, join=lambda parts: gated_tiles(*parts))
+    for kind in ("weight", "bias"):
+        plan[f"vision.norm_pre.{kind}"] = Source([f"vision_model.layernorm_pre.{kind}"])
+        plan[f"vision.norm_post.{kind}"] = Source([f"vision_model.layernorm_post.{kind}"])
+        plan[f"vision.projector.{kind}"] = Source([f"multi_modal_projector.{kind}"])
+    for i in range(vision["depth"] + vision["n_global"]):
+        ours, j = f"vision.blocks.{i}.", i - vision["depth"]
+        hub = f"vision_model.transformer.layers.{i}." if j < 0 else f"vision_model.global_transformer.layers.{j}."
+        plan[f"{ours}wqkv.weight"] = Source([f"{hub}self_attn.{x}_proj.weight" for x in "qkv"])
+        plan[f"{ours}wo.weight"] = Source([hub + "self_attn.o_proj.weight"])
+        for kind in ("weight", "bias"):
+            plan[f"{ours}norm1.{kind}"] = Source([f"{hub}input_layernorm.{kind}"])
+            plan[f"{ours}norm2.{kind}"] = Source([f"{hub}post_attention_layernorm.{kind}"])
+            plan[f"{ours}mlp.0.{kind}"] = Source([f"{hub}mlp.fc1.{kind}"])
+            plan[f"{ours}mlp.2.{kind}"] = Source([f"{hub}mlp.fc2.{kind}"])
+        if j >= 0:
+            plan[f"{ours}gates"] = Source([hub + "gate_attn", hub + "gate_ffn"])
+    return plan
+
+
+PLACE_PARTS = [
+    "gated_positional_embedding.embedding",  # [1 + P, E]
+    "gated_positional_embedding.gate",  # [1]
+    "gated_positional_embedding.tile_embedding.weight",  # [grids, tiles * (1 + P) * E]
+    "pre_tile_positional_embedding.embedding.weight",  # [grids, tiles * E]
+    "pre_tile_positional_embedding.gate",  # [1]
+    "class_embedding",  # [E]
+]
+
+
+def add_places(parts: list[Tensor]) -> Tensor:
+    """[grids, tiles, 1 + P, E] the sum of all that the encoder adds to its patches, in float32.
+
+    It depends on nothing but the grid of tiles, so it is added up once; bfloat16 would round the sums.
+    """
+    position, gate, tile_position, tile, tile_gate, class_token = (part.float() for part in parts)
+    tile_position = tile_position.view(-1, MLLAMA_TILES, *position.shape)
+    place = (1 - gate.tanh()) * position + gate.tanh() * tile_position
+    place[:, :, 0] += class_token
+    place[:, :, 1:] += gated_tiles(tile, tile_gate)
+    return place
+
+
+def gated_tiles(tile: Tensor, gate: Tensor) -> Tensor:
+    """[grids, tiles, 1, E] from [grids, tiles * E] and the gate's one number."""
+    return tile.float().view(len(tile), MLLAMA_TILES, 1, -1) * gate.float().tanh()
+
+
 ARCHITECTURES = {
     "LlamaForCausalLM": llama,
     "Qwen2ForCausalLM": qwen2,
     "Qwen2_5_VLForConditionalGeneration": qwen2_5_vl,
     "LlavaOnevisionForConditionalGeneration": llava_hf,
     "LlavaQwenForCausalLM": llava_original,
+    "MllamaForConditionalGeneration": mllama,
 }
 
 
@@ -409,7 +505,7 @@ def expected_shapes(args: ModelArgs) -> dict[str, torch.Size]:
 def build_tensor(name: str, source: Source, files: dict[str, Path], shape: torch.Size) -> Tensor:
     parts = [read_tensor(files[key], key) for key in source.keys]
     try:
-        tensor = source.change(torch.cat(parts) if len(parts) > 1 else parts[0])
+        tensor = source.change(source.join(parts))
     except (RuntimeError, IndexError):
         tensor = parts[0]  # parts that do not fit together: reported as a wrong shape
     if tensor.shape != shape:

@@ -65,6 +65,7 @@ SPECIAL_TOKENS = (  # Qwen2.5-VL's, in its order
     "<|quad_start|> <|quad_end|> <|vision_start|> <|vision_end|> <|vision_pad|> <|image_pad|> <|video_pad|> "
     "<tool_call> </tool_call> <|fim_prefix|> <|fim_middle|> <|fim_suffix|> <|fim_pad|> <|repo_name|> <|file_sep|>"
 ).split()
+LINE_STARTS = ["(A", "(B", "(C", "(D", "Answer"]  # first tokens of the lines of a multiple-choice question
 SPLIT = (  # Qwen2's pattern
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
@@ -113,18 +114,21 @@ def corpus(n_scenes: int):
     yield f"system\n{SYSTEM}"
     for seed in range(n_scenes):
         scene = make_scene(seed)
-        for prompt, reply in asked_about(scene, Random(seed)):
+        for prompt, reply, _ in asked_about(scene, Random(seed)):
             yield f"user\n{prompt}"
             yield f"assistant\n{reply}"
             yield reply
 
 
-def asked_about(scene: Scene, rng: Random) -> list[tuple[str, str]]:
-    """All (prompt, reply) of a scene in random order; a tenth of the open questions with a benchmark's instruction."""
-    asked = [(rng.choice(CAPTION_PROMPTS), scene.caption)]
+def asked_about(scene: Scene, rng: Random) -> list[tuple[str, str, str]]:
+    """All (prompt, reply, content of the answer) of a scene in random order.
+
+    A tenth of the open questions has a benchmark's instruction behind it.
+    """
+    asked = [(rng.choice(CAPTION_PROMPTS), scene.caption, scene.caption)]
     for question in scene.questions:
         instructed = not question.options and rng.random() < 0.1
-        asked.append((question.prompt + f"\n{OPEN_INSTRUCTION}" * instructed, question.reply))
+        asked.append((question.prompt + f"\n{OPEN_INSTRUCTION}" * instructed, question.reply, question.answer))
     rng.shuffle(asked)
     return asked
 
@@ -185,12 +189,12 @@ class Sampler(torch.utils.data.Dataset):
         conversation = rng.random() < self.conversation_share
         tokens, labels, turn = list(prefix), [-100] * len(prefix), [0] * len(prefix)
         weight, positions = [0.0] * len(prefix), []
-        for prompt, reply in asked:
+        for prompt, reply, asked_for in asked:
             question, answer = self.turn_tokens(prompt, reply, opens=not (conversation and positions))
             if len(tokens) + len(question) + len(answer) > SAMPLE_TOKENS:
                 continue
             n = len(question) + len(answer)
-            labels += [-100] * (len(question) - 1) + answer + [-100]
+            labels += self.hints(question, asked_for) + answer + [-100]
             weight += [reply_weight(reply, len(answer))] * n
             tokens += question + answer
             turn += [1 if conversation else turn[-1] + 1] * n
@@ -205,6 +209,27 @@ class Sampler(torch.utils.data.Dataset):
         text_pos = rope_pos[-1, 0] + 1 + np.array(positions)
         rope_pos = np.concatenate([rope_pos, np.repeat(text_pos[:, None], 3, axis=1)])  # [L, 3]
         return np.array(tokens), np.array(labels), np.array(weight, np.float32), np.array(turn), rope_pos
+
+    def hints(self, question: list[int], content: str) -> list[int]:
+        """Labels inside a question, for all tokens but its last: what to think of while reading the options.
+
+        At the end of the question proper the content of the answer; at the end of each option's line the letter if it
+        is the right one, else the end of text. A lone letter at the end of it all would take hours to be understood.
+        """
+        labels = [-100] * (len(question) - 1)
+        starts = [question.index(mark) for mark in map(self.encode_one, LINE_STARTS) if mark in question]
+        if len(starts) < 3:  # no options, therefore no lines
+            return labels
+        labels[starts[0] - 1] = self.encode(content)[0]
+        for letter, start, end in zip("ABCD", starts, starts[1:]):
+            right = question[start + 2 : end - 1] == self.encode(f" {content}")
+            labels[end - 1] = self.encode_one(letter if right else "<|endoftext|>")
+        return labels
+
+    def encode_one(self, text: str) -> int:
+        """The id of a text that is one token. Raises ValueError if it is not."""
+        (token,) = self.encode(text)
+        return token
 
     def name_cell(self, scene: Scene, cell: tuple[int, int, int, int]) -> list[int]:
         """Tokens of the words for the region that covers most of a visual token's cell, a fifth of it at least."""

@@ -32,6 +32,7 @@ MAKERS = {
     "llava-lmms": lambda folder, seed: hub.make_llava_lmms(folder, tied=False, seed=seed),
     "llava-lmms-tied": lambda folder, seed: hub.make_llava_lmms(folder, tied=True, seed=seed),
     "llava-384": lambda folder, seed: hub.make_llava_hf(folder, tied=True, tile=384, tall=6, wide=6, seed=seed),
+    "llama-3.2-vision": lambda folder, seed: hub.make_llama_vision(folder, seed=seed),
 }
 
 

@@ -55,6 +55,12 @@ LLAVA_TEMPLATE = (  # llava-hf's own
     "{% generation %}{{ content['text'] }}{% endgeneration %}{% endfor %}{% endif %}{{'<|im_end|>' + '\n'}}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
+LLAMA_VISION_TEMPLATE = (  # the parts by which Llama-3.2-Vision's own is recognized
+    "{{- bos_token }}{%- if not has_images %}{{- 'Cutting Knowledge Date: December 2023\n' }}{%- endif %}"
+    "{%- for message in messages %}{{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' }}"
+    "{%- for content in message['content'] %}{%- if content['type'] == 'image' %}{{- '<|image|>' }}"
+    "{%- else %}{{- content['text'] }}{%- endif %}{%- endfor %}{{- '<|eot_id|>' }}{%- endfor %}"
+)
 PADDING = 10  # rows of the vocabulary beyond the tokenizer
 SENTENCE = (
     "The quick brown fox asks how many circles there are: 12 or 7? Three, says the lazy dog, and it doesn't lie. "
@@ -79,11 +85,11 @@ def make_tokenizer(specials: list[str], text: str = SENTENCE, split: str = QWEN_
     return tokenizer
 
 
-def make_llama3_tokenizer() -> Tokenizer:
+def make_llama3_tokenizer(specials: list[str]) -> Tokenizer:
     """As Llama-3's: no normalizer, up to three digits a token, BOS in front."""
-    tokenizer = make_tokenizer(LLAMA3_SPECIALS, split=LLAMA3_SPLIT)
+    tokenizer = make_tokenizer(specials, split=LLAMA3_SPLIT)
     tokenizer.normalizer = None
-    bos = LLAMA3_SPECIALS[0]
+    bos = specials[0]
     tokenizer.post_processor = processors.TemplateProcessing(
         single=[bos, "$A"], pair=[bos, "$A", bos, "$B"], special_tokens=[(bos, tokenizer.token_to_id(bos))]
     )
@@ -107,7 +113,7 @@ def train_sentencepiece() -> bytes:
     return model.getvalue()
 
 
-def randomize(model: torch.nn.Module, seed: int = 0) -> None:
+def randomize(model: torch.nn.Module, seed: int = 0, padding: int = PADDING) -> None:
     """Weights large enough that greedy text varies; norms and biases that are not trivial."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -115,6 +121,10 @@ def randomize(model: torch.nn.Module, seed: int = 0) -> None:
             noise = torch.randn(p.shape, generator=generator)
             if "norm" in name or "ln_q" in name or "layernorm" in name:
                 p.copy_(1 + 0.2 * noise)
+            elif p.numel() == 1:  # a gate: zero would hide whatever is behind it
+                p.copy_(0.6 + 0.1 * noise)
+            elif "positional_embedding" in name or "class_embedding" in name:
+                p.copy_(0.4 * noise)
             elif p.ndim == 1:
                 p.copy_(0.1 * noise)
             elif "embed_tokens" in name:
@@ -122,7 +132,7 @@ def randomize(model: torch.nn.Module, seed: int = 0) -> None:
             else:
                 p.copy_(noise * 1.6 / p[0].numel() ** 0.5)
             if "embed_tokens" in name or "lm_head" in name:
-                p[-PADDING:] = 0  # rows that no tokenizer names: transformers could pick them, we never do
+                p[len(p) - padding :] = 0  # rows that no tokenizer names: transformers could pick them, we never do
 
 
 def save_hub(folder: Path, state: dict, config: dict, tokenizer: Tokenizer, template: str, stop: list[int]) -> Path:
@@ -237,7 +247,7 @@ SCALING = {
 
 def make_llama(folder: Path, config: dict, layout: str = "single.safetensors", seed: int = 0):
     """A Llama-3 text model: config on top of LLAMA; layout as in store()."""
-    tokenizer = make_llama3_tokenizer()
+    tokenizer = make_llama3_tokenizer(LLAMA3_SPECIALS)
     model, state, config = make_llama_model(tokenizer.get_vocab_size() + PADDING, config, seed)
     stop = [tokenizer.token_to_id(name) for name in ("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>")]
     save_hub(folder, state, config, tokenizer, LLAMA3_TEMPLATE, stop)
@@ -253,7 +263,9 @@ def make_llama2(folder: Path, layout: str = "sharded.bin", seed: int = 0):
     for i in range(config["num_hidden_layers"]):
         state[f"model.layers.{i}.self_attn.rotary_emb.inv_freq"] = 1 / 10000 ** (torch.arange(0, 16, 2) / 16)
     del config["attention_bias"]
-    save_hub(folder, state, config | {"pad_token_id": 0}, make_llama3_tokenizer(), LLAMA2_TEMPLATE, stop=[2])
+    save_hub(
+        folder, state, config | {"pad_token_id": 0}, make_llama3_tokenizer(LLAMA3_SPECIALS), LLAMA2_TEMPLATE, stop=[2]
+    )
     (folder / "tokenizer.json").unlink()
     (folder / "tokenizer.model").write_bytes(train_sentencepiece())
     names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "chat_template": LLAMA2_TEMPLATE}
@@ -408,3 +420,70 @@ def make_llava_lmms(folder: Path, tied: bool, tile=60, tall=4, wide=6, seed: int
         del config["tie_word_embeddings"]  # then the missing output layer tells
     stop = [tokenizer.token_to_id("<|im_end|>"), tokenizer.token_to_id("<|endoftext|>")]
     return save_hub(folder, llava_names(model, names), config, tokenizer, QWEN_TEMPLATE, stop), model
+
+
+def make_llama_vision(folder: Path, seed: int = 0, dtype: torch.dtype = torch.float32):
+    """Llama-3.2-Vision with tiles of 4 x 4 patches. The image token is the first id that can only be read."""
+    names = [name for name in LLAMA3_SPECIALS if name != "<|eom_id|>"] + ["<|image|>"]
+    tokenizer = make_llama3_tokenizer(names)
+    special = {name: tokenizer.token_to_id(name) for name in names}
+    rope = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
+    rope["rope_type"] = "llama3"
+    text = {
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 5,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": special["<|image|>"],
+        "max_position_embeddings": 4096,
+        "rms_norm_eps": 1e-5,
+        "hidden_act": "silu",
+        "tie_word_embeddings": False,
+        "cross_attention_layers": [1, 3],
+        "pad_token_id": special["<|end_of_text|>"],
+        "bos_token_id": special["<|begin_of_text|>"],
+        "eos_token_id": special["<|eot_id|>"],
+    }
+    vision = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 5,
+        "num_global_layers": 2,
+        "attention_heads": 2,
+        "image_size": 56,
+        "patch_size": 14,
+        "num_channels": 3,
+        "hidden_act": "gelu",
+        "norm_eps": 1e-5,
+        "max_num_tiles": 4,
+        "supported_aspect_ratios": [[1, 1], [1, 2], [1, 3], [1, 4], [2, 1], [2, 2], [3, 1], [4, 1]],
+        "vision_output_dim": 32 * 4,
+        "intermediate_layers_indices": [1, 2, 4],
+    }
+    # These say whose input is kept; this transformers takes them for the blocks whose output is kept.
+    shifted = vision | {"intermediate_layers_indices": [i - 1 for i in vision["intermediate_layers_indices"]]}
+    nested = text | {"rope_parameters": rope | {"rope_theta": 500000.0}}
+    ids = {"image_token_index": special["<|image|>"]}
+    config = transformers.MllamaConfig(text_config=nested, vision_config=shifted, **ids)
+    model = transformers.MllamaForConditionalGeneration(config).eval()
+    randomize(model, seed, padding=0)
+    with torch.no_grad():  # an image should change the text, not drown it: greedy text has to vary
+        model.model.language_model.embed_tokens.weight *= 5
+        model.model.multi_modal_projector.weight *= 0.2
+    model = model.to(dtype)
+    hub_names = {
+        "model.language_model.": "language_model.model.",
+        "lm_head.": "language_model.lm_head.",
+        "model.vision_model.": "vision_model.",
+        "model.multi_modal_projector.": "multi_modal_projector.",
+    }
+    state = {}
+    for name, tensor in model.state_dict().items():
+        start = next(start for start in hub_names if name.startswith(start))
+        state[hub_names[start] + name.removeprefix(start)] = tensor
+    text |= {"rope_scaling": rope, "rope_theta": 500000.0}
+    flat = ids | {"text_config": text, "vision_config": vision, "model_type": "mllama"}
+    flat["architectures"] = ["MllamaForConditionalGeneration"]
+    stop = [special["<|end_of_text|>"], special["<|eot_id|>"]]
+    return save_hub(folder, state, flat, tokenizer, LLAMA_VISION_TEMPLATE, stop), model

@@ -7,8 +7,8 @@ import generate
 from generate import Sampling, draw, probabilities
 from tests.conftest import draw as draw_picture
 
-FAMILIES = ["qwen2", "qwen2.5-vl", "llava-hf"]
-VL_FAMILIES = ["qwen2.5-vl", "llava-hf"]
+VL_FAMILIES = ["qwen2.5-vl", "llava-hf", "llama-3.2-vision"]
+FAMILIES = ["qwen2", *VL_FAMILIES]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -36,7 +36,7 @@ def test_image_then_several_at_once(pair, family):
     head = pair.tokenizer.encode_raw([{"type": "image"}])
     tail = pair.tokenizer.encode(" what is it, and how many of them?")
     whole, part = (pair.engine.prompt(tokens, [draw_picture(300, 168)]) for tokens in (head + tail, head))
-    pair.engine.reserve(len(whole), 1)
+    pair.engine.reserve(len(whole), 1, whole.cross_mask.shape[1])
     expected = pair.model.prefill(whole)[-1]
     pair.model.prefill(part)
     logits = pair.model(torch.tensor(tail), torch.arange(len(part), len(whole)))

@@ -395,7 +395,7 @@ def test_peak_memory(original, tmp_path, memory_of_the_program, layout):
 def make_large_weights(folder: Path) -> None:
     """Random weights for config.json."""
     config = json.loads((folder / "config.json").read_text())
-    args, plan = convert_hf_checkpoint.llama(config, folder)
+    args, plan, _ = convert_hf_checkpoint.llama(config, folder)
     shapes = convert_hf_checkpoint.expected_shapes(args)
     rows = {"q_proj": args.n_head * args.head_dim, "k_proj": args.n_kv_head * args.head_dim}
     rows |= {"v_proj": rows["k_proj"], "gate_proj": args.intermediate_size, "up_proj": args.intermediate_size}
