@@ -64,12 +64,13 @@ class Engine:
         image_id = self.model.args.image_token_id
         return build_prompt(tokens, images, self.encoder, image_id, self.device, self.encoded, self.pruning)
 
-    def draft_prompt(self, tokens: list[int], images: list[Image.Image]) -> Prompt:
-        """The same for the draft, which may have another image token, or see nothing at all."""
-        image_id, draft_id = self.model.args.image_token_id, self.draft.model.args.image_token_id
-        if self.draft.encoder is None:
-            return self.draft.prompt([token for token in tokens if token != image_id], [])
-        return self.draft.prompt([draft_id if token == image_id else token for token in tokens], images)
+    def follow(self, tokens: list[int], images: list[Image.Image], image_id: int | None) -> Prompt:
+        """As a draft: the prompt of another model, whose image token is image_id. A text model reads the text alone."""
+        if self.encoder is None:
+            return self.prompt([token for token in tokens if token != image_id], [])
+        own_id = self.model.args.image_token_id  # perhaps another special token there: then any text will do
+        same = {own_id: 0, image_id: own_id}
+        return self.prompt([same.get(token, token) for token in tokens], images)
 
     def reserve(self, n_prompt: int, max_new_tokens: int, n_cross: int = 0) -> int:
         """Make room in the caches; return how many of max_new_tokens fit. Raises ValueError if the prompt does not."""
@@ -253,7 +254,7 @@ def generate(
         "encoder_s": encoded - start,
     }
     if draft:
-        draft_prompt = engine.draft_prompt(tokens, images)
+        draft_prompt = draft.follow(tokens, images, engine.model.args.image_token_id)
         draft.reserve(len(draft_prompt), n_new, draft_prompt.cross_mask.shape[1])
         draft.prefill(draft_prompt)
         result["draft_n_visual_tokens"] = 0 if draft_prompt.visual is None else len(draft_prompt.visual)
@@ -298,48 +299,27 @@ def speculation_report(counts: list[int], laps: list, seconds: float) -> dict:
 
 
 def load(checkpoint_path: Path, device: str, dtype: torch.dtype) -> tuple[Engine, Tokenizer]:
-    """A converted checkpoint and its tokenizer. Raises ValueError or OSError, one line, if it cannot be used."""
+    """A converted checkpoint and its tokenizer. Raises ValueError, one line, if it cannot be used."""
     folder = checkpoint_path.parent
-    for file in (checkpoint_path, folder / "params.json", folder / "tokenizer.model"):
-        if not file.exists():
-            raise ValueError(f"no such file: {file}; make it with scripts/convert_hf_checkpoint.py")
     try:
         params = json.loads((folder / "params.json").read_text())
-        args, settings = ModelArgs(**params["model"]), params["tokenizer"]
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{folder / 'params.json'} is damaged ({error}); convert the checkpoint again") from None
-    with torch.device("meta"):
-        parts = nn.ModuleDict({"decoder": Transformer(args)})
-        if args.vision:
-            parts["vision"] = build_encoder(args.vision)
-    fill(parts, read_weights(checkpoint_path, device, dtype), checkpoint_path)
-    encoder = parts["vision"] if args.vision else None
-    engine = Engine(parts["decoder"], encoder, step=parts["decoder"])
-    return engine, Tokenizer(folder / "tokenizer.model", settings)
-
-
-def read_weights(path: Path, device: str, dtype: torch.dtype) -> dict[str, Tensor]:
-    try:
-        state = torch.load(path, mmap=True, weights_only=True, map_location="cpu")
-        return {name: tensor.to(device, dtype) for name, tensor in state.items()}
-    except torch.OutOfMemoryError:
-        raise ValueError(f"{path} does not fit into the memory of {device}") from None
-    except Exception as error:  # the unpickler and the zip reader share no class of errors
-        reason = str(error).partition("\n")[0]
-        raise ValueError(f"cannot read {path} ({reason}); convert the checkpoint again") from None
-
-
-def fill(parts: nn.ModuleDict, weights: dict[str, Tensor], path: Path) -> None:
-    """Put the weights into modules that were built without memory."""
-    state = {name if name.startswith("vision.") else f"decoder.{name}": t for name, t in weights.items()}
-    if parts["decoder"].args.tie_embeddings:
-        state.setdefault("decoder.output.weight", state.get("decoder.embedding.weight"))
-    try:
-        parts.load_state_dict(state, strict=True, assign=True)
-    except (RuntimeError, AttributeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"{path} is not what its params.json says ({reason}); convert the checkpoint again") from None
-    parts.requires_grad_(False).eval()
+        args, tokenizer = ModelArgs(**params["model"]), Tokenizer(folder / "tokenizer.model", params["tokenizer"])
+        with torch.device("meta"):
+            model, encoder = Transformer(args), build_encoder(args.vision) if args.vision else None
+        weights = torch.load(checkpoint_path, mmap=True, weights_only=True, map_location="cpu")
+        if args.tie_embeddings:
+            weights.setdefault("output.weight", weights["embedding.weight"])
+        weights = {name: tensor.to(device, dtype) for name, tensor in weights.items()}
+        parts = nn.ModuleDict({"vision": encoder} if encoder else {})
+        parts.load_state_dict({n: weights.pop(n) for n in list(weights) if n.startswith("vision.")}, assign=True)
+        model.load_state_dict(weights, assign=True)
+    except Exception as error:  # what unpickler, zip reader and load_state_dict raise has no common class
+        no_room = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+        mend = "it needs more memory" if no_room else "convert it (again) with scripts/convert_hf_checkpoint.py"
+        raise ValueError(f"cannot load {checkpoint_path} ({one_line(error)[:200]}): {mend}") from error
+    for module in filter(None, (model, encoder)):
+        module.requires_grad_(False).eval()
+    return Engine(model, encoder, step=model), tokenizer
 
 
 def compile_step(engine: Engine) -> None:
@@ -369,21 +349,17 @@ def answer(engine: Engine, tokenizer: Tokenizer, request: dict, args, show, said
     tokens, parts = tokenizer.encode_request(request)
     images = [part.setdefault("image", part.get("image") or load_image(part["path"])) for part in parts]
     stop_ids = frozenset() if isinstance(request.get("prompt"), int) else tokenizer.stop_ids
-    decoder, texts, said = StreamDecoder(tokenizer), [], [] if said is None else said
-
-    def push(text: str) -> None:
-        texts.append(text)
-        show(text)
+    decoder, said = StreamDecoder(tokenizer), [] if said is None else said
 
     def on_tokens(ids: list[int]) -> None:
         said.extend(ids)
-        push(decoder.push(ids))
+        show(decoder.push(ids))
 
     max_new_tokens = number(int, 1)(request.get("max_new_tokens", args.max_new_tokens))
     sampling = Sampling(args.temperature, args.top_k)
     result = generate(engine, tokens, images, max_new_tokens, stop_ids, sampling, on_tokens)
-    push(decoder.flush())
-    return {"text": "".join(texts), **result}
+    show(decoder.flush())
+    return {"text": tokenizer.decode(said), **result}
 
 
 def report(result: dict, engine: Engine) -> None:
@@ -433,6 +409,12 @@ def run_requests(engine: Engine, tokenizer: Tokenizer, args) -> int:
     return status
 
 
+def read_line() -> str:
+    """A line of the user's; empty at the end of the input."""
+    print("> ", end="", file=sys.stderr, flush=True)
+    return sys.stdin.readline()
+
+
 def chat(engine: Engine, tokenizer: Tokenizer, args) -> None:
     """A conversation on stdin and stdout; the caches keep what was said, of an answer that Ctrl-C stopped too."""
     log("/image PATH adds an image to the next message, /reset forgets, /quit leaves, Ctrl-C stops an answer")
@@ -461,16 +443,6 @@ def chat(engine: Engine, tokenizer: Tokenizer, args) -> None:
                 images = []
         except (ValueError, OSError) as error:
             log(one_line(error))
-
-
-def read_line() -> str:
-    """A line of the user's; empty at the end of the input."""
-    while True:
-        print("> ", end="", file=sys.stderr, flush=True)
-        try:
-            return sys.stdin.readline()
-        except KeyboardInterrupt:
-            log(" (/quit leaves)")
 
 
 def number(kind: type, least, most=float("inf")) -> Callable:

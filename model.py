@@ -58,13 +58,10 @@ QWEN_TIED = dict(QWEN, vocab_size=151936, n_kv_head=2, tie_embeddings=True)
 QWEN_VL = dict(max_seq_len=128000, mrope_section=(16, 24, 24), image_token_id=151655)
 PIXELS = dict(patch=14, merge=2, window=112, full_layers=[7, 15, 23, 31], min_pixels=3136, max_pixels=12845056)
 VIT = dict(PIXELS, type="qwen2_5_vl", dim=1280, depth=32, n_head=16, hidden=3420)
-VIT_72B = dict(VIT, hidden=3456)
-LLAVA = dict(image_token_id=151646)
 TILES = [(384 * height, 384 * width) for height in range(1, 7) for width in range(1, 7)]
 SIGLIP = dict(type="llava", dim=1152, depth=26, n_head=16, hidden=4304, patch=14, tile=384, max_tiles=9)
 LLAVA_VIT = dict(SIGLIP, resolutions=[(height, width) for width, height in TILES])  # lmms-lab's order; llava-hf's is
 LLAVA_HF_VIT = dict(SIGLIP, resolutions=TILES)  # another, which tells between canvases that keep as much
-LLAMA_VL = dict(LLAMA31, image_token_id=128256, n_unspoken=8)
 MLLAMA_VIT = dict(type="llama3_2_vision", dim=1280, depth=32, n_global=8, n_head=16, hidden=5120)
 MLLAMA_VIT |= dict(tile=560, patch=14, max_tiles=4, keep=[3, 7, 15, 23, 30])
 MODELS = {
@@ -85,37 +82,26 @@ MODELS = {
     "Qwen2.5-32B-Instruct": dict(QWEN, dim=5120, n_layer=64, n_head=40, intermediate_size=27648),
     "Qwen2.5-72B-Instruct": dict(QWEN, dim=8192, n_layer=80, n_head=64, intermediate_size=29568),
 }
-MODELS |= {  # the same sizes in other models
-    "Llama-3.1-8B": dict(MODELS["Meta-Llama-3-8B"], **LLAMA31),
-    "Llama-3.1-70B": dict(MODELS["Meta-Llama-3-70B"], **LLAMA31),
-    "Qwen2-0.5B": dict(MODELS["Qwen2.5-0.5B"], max_seq_len=131072),
-    "Qwen2-0.5B-Instruct": MODELS["Qwen2.5-0.5B"],
-    "Qwen2-1.5B": dict(MODELS["Qwen2.5-1.5B-Instruct"], max_seq_len=131072),
-    "Qwen2-1.5B-Instruct": MODELS["Qwen2.5-1.5B-Instruct"],
-    "Qwen2-7B": dict(MODELS["Qwen2.5-7B-Instruct"], max_seq_len=131072),
-    "Qwen2-7B-Instruct": MODELS["Qwen2.5-7B-Instruct"],
-    "Qwen2-72B": dict(MODELS["Qwen2.5-72B-Instruct"], max_seq_len=131072, norm_eps=1e-5),
-    "Qwen2-72B-Instruct": MODELS["Qwen2.5-72B-Instruct"],
-    "Qwen2.5-1.5B": dict(MODELS["Qwen2.5-1.5B-Instruct"], max_seq_len=131072),
-    "Qwen2.5-7B": dict(MODELS["Qwen2.5-7B-Instruct"], max_seq_len=131072),
-    "Qwen2.5-14B": dict(MODELS["Qwen2.5-14B-Instruct"], max_seq_len=131072, norm_eps=1e-5),
-    "Qwen2.5-32B": dict(MODELS["Qwen2.5-32B-Instruct"], max_seq_len=131072, norm_eps=1e-5),
-    "Qwen2.5-72B": dict(MODELS["Qwen2.5-72B-Instruct"], max_seq_len=131072, norm_eps=1e-5),
-    "Qwen2.5-VL-3B-Instruct": dict(MODELS["Qwen2.5-3B"], **QWEN_VL, vision=dict(VIT, out_dim=2048)),
-    "Qwen2.5-VL-7B-Instruct": dict(MODELS["Qwen2.5-7B-Instruct"], **QWEN_VL, vision=dict(VIT, out_dim=3584)),
-    "Qwen2.5-VL-72B-Instruct": dict(MODELS["Qwen2.5-72B-Instruct"], **QWEN_VL, vision=dict(VIT_72B, out_dim=8192)),
-    "Llama-3.2-11B-Vision": dict(MODELS["Meta-Llama-3-8B"], **LLAMA_VL, n_layer=40),
-    "Llama-3.2-90B-Vision": dict(MODELS["Meta-Llama-3-70B"], **LLAMA_VL, n_layer=100),
-}
+for size in ("8B", "70B"):
+    MODELS[f"Llama-3.1-{size}"] = dict(MODELS[f"Meta-Llama-3-{size}"], **LLAMA31)
+for size, norm_eps in {"1.5B": 1e-6, "7B": 1e-6, "14B": 1e-5, "32B": 1e-5, "72B": 1e-5}.items():
+    instruct = MODELS[f"Qwen2.5-{size}-Instruct"]
+    MODELS[f"Qwen2.5-{size}"] = dict(instruct, max_seq_len=131072, norm_eps=norm_eps)
+for size in ("0.5B", "1.5B", "7B", "72B"):
+    MODELS[f"Qwen2-{size}"] = dict(MODELS[f"Qwen2.5-{size}"], max_seq_len=131072)
+    MODELS[f"Qwen2-{size}-Instruct"] = MODELS.get(f"Qwen2.5-{size}-Instruct", MODELS[f"Qwen2.5-{size}"])
+for name, base, vit in (("3B", "3B", VIT), ("7B", "7B-Instruct", VIT), ("72B", "72B-Instruct", dict(VIT, hidden=3456))):
+    row = dict(MODELS[f"Qwen2.5-{base}"], **QWEN_VL)
+    MODELS[f"Qwen2.5-VL-{name}-Instruct"] = dict(row, vision=dict(vit, out_dim=row["dim"]))
 for size, base, hf_rows in (("0.5b", "0.5B", 152000), ("7b", "7B-Instruct", 152128), ("72b", "72B-Instruct", 152128)):
-    row = dict(MODELS[f"Qwen2.5-{base}"], **LLAVA)
+    row = dict(MODELS[f"Qwen2.5-{base}"], image_token_id=151646)
     MODELS[f"llava-onevision-qwen2-{size}-si"] = dict(row, vision=dict(LLAVA_VIT, out_dim=row["dim"]))
-    hf = dict(row, vocab_size=hf_rows, vision=dict(LLAVA_HF_VIT, out_dim=row["dim"]))
-    MODELS[f"llava-onevision-qwen2-{size}-si-hf"] = hf
-for name in ("Llama-3.2-11B-Vision", "Llama-3.2-90B-Vision"):
-    row = MODELS[name]
-    row["cross_attention_layers"] = tuple(range(3, row["n_layer"], 5))
-    row["vision"] = dict(MLLAMA_VIT, out_dim=row["dim"])
+    row |= dict(vocab_size=hf_rows, vision=dict(LLAVA_HF_VIT, out_dim=row["dim"]))
+    MODELS[f"llava-onevision-qwen2-{size}-si-hf"] = row
+for name, base, n_layer in (("11B", "8B", 40), ("90B", "70B", 100)):
+    row = dict(MODELS[f"Llama-3.1-{base}"], n_layer=n_layer, cross_attention_layers=tuple(range(3, n_layer, 5)))
+    row |= dict(image_token_id=128256, n_unspoken=8, vision=dict(MLLAMA_VIT, out_dim=row["dim"]))
+    MODELS[f"Llama-3.2-{name}-Vision"] = row
 
 
 @dataclass
@@ -230,10 +216,10 @@ class CrossAttention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    def __init__(self, args: ModelArgs):
+    def __init__(self, dim: int, hidden: int, bias: bool = False):
         super().__init__()
-        self.w13 = nn.Linear(args.dim, 2 * args.intermediate_size, bias=False)  # gate and up in one product
-        self.w2 = nn.Linear(args.intermediate_size, args.dim, bias=False)
+        self.w13 = nn.Linear(dim, 2 * hidden, bias=bias)  # gate and up in one product
+        self.w2 = nn.Linear(hidden, dim, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.w13(x).chunk(2, dim=-1)
@@ -246,7 +232,7 @@ class Block(nn.Module):
         self.attention_norm = nn.RMSNorm(args.dim, args.norm_eps)
         self.attention = Attention(args)
         self.ffn_norm = nn.RMSNorm(args.dim, args.norm_eps)
-        self.feed_forward = FeedForward(args)
+        self.feed_forward = FeedForward(args.dim, args.intermediate_size)
 
     def forward(self, x: Tensor, step: Step) -> Tensor:
         x = x + self.attention(self.attention_norm(x), step)

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Tensor, nn
 
-from model import Prompt, rotate
+from model import FeedForward, Prompt, rotate
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 HALF = (0.5, 0.5, 0.5)  # SigLIP's mean and std
@@ -62,17 +62,6 @@ def centre(image: Image.Image, size: tuple[int, int], colour) -> Image.Image:
     return canvas
 
 
-class GatedMLP(nn.Module):
-    def __init__(self, dim: int, hidden: int):
-        super().__init__()
-        self.w13 = nn.Linear(dim, 2 * hidden)
-        self.w2 = nn.Linear(hidden, dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.w13(x).chunk(2, dim=-1)
-        return self.w2(F.silu(gate) * up)
-
-
 class VisionBlock(nn.Module):
     """A transformer layer on x [B, L, E], for every encoder; the arguments are what the families disagree on."""
 
@@ -83,9 +72,8 @@ class VisionBlock(nn.Module):
         self.wqkv = nn.Linear(dim, 3 * dim, bias=bias)
         self.wo = nn.Linear(dim, dim, bias=bias)
         self.mlp = mlp
-        self.gates = (
-            nn.Parameter(torch.zeros(2)) if gated else None
-        )  # tanh of it: how much of attention and MLP is added
+        # tanh of them: how much of the attention and of the MLP is added
+        self.gates = nn.Parameter(torch.zeros(2)) if gated else None
 
     def forward(self, x: Tensor, mask: Tensor | None = None, rope: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """mask [B, 1, 1 or L, L] bool: which patches may be seen; rope: cos and sin [B, 1, L, E / n_head]."""
@@ -116,7 +104,9 @@ class QwenEncoder(nn.Module):
         self.full_layers, self.min_pixels, self.max_pixels = full_layers, min_pixels, max_pixels
         self.patch_embed = nn.Linear(3 * patch * patch, dim, bias=False)
         norm = lambda width: nn.RMSNorm(width, eps=1e-6)
-        self.blocks = nn.ModuleList(VisionBlock(dim, n_head, norm, GatedMLP(dim, hidden)) for _ in range(depth))
+        self.blocks = nn.ModuleList(
+            VisionBlock(dim, n_head, norm, FeedForward(dim, hidden, bias=True)) for _ in range(depth)
+        )
         merged = dim * merge * merge
         self.norm = norm(dim)
         self.merger = nn.Sequential(nn.Linear(merged, merged), nn.GELU(), nn.Linear(merged, out_dim))
@@ -378,6 +368,7 @@ class Encoded(NamedTuple):
     rows: Tensor  # [N, D]
     positions: Tensor  # [N, 3] of the tokens that stand for the image
     key: int  # of the image's content
+    ends: range  # the rows that end a line of the picture: they are never pruned
 
 
 def encode_image(encoder: nn.Module, image: Image.Image, encoded: dict[int, Encoded], alone: bool) -> Encoded:
@@ -388,7 +379,8 @@ def encode_image(encoder: nn.Module, image: Image.Image, encoded: dict[int, Enco
         weight = next(encoder.parameters())
         pixels, grid = encoder.preprocess_several(image) if several else encoder.preprocess(image)
         rows = encoder(pixels.to(weight.device, weight.dtype), grid)
-        encoded[key] = Encoded(rows, encoder.positions(len(rows), grid), key)
+        ends = encoder.newlines(len(rows), grid) if hasattr(encoder, "newlines") else range(0)
+        encoded[key] = Encoded(rows, encoder.positions(len(rows), grid), key, ends)
     return encoded[key]
 
 
@@ -400,15 +392,19 @@ class Pruning(NamedTuple):
     seed: int = 0
 
 
-def survivors(n: int, pruning: Pruning | None, image: int = 0) -> Tensor:
-    """The ascending indices that are kept of n visual tokens: max(1, n - round(n * ratio)) of them."""
+def survivors(n: int, pruning: Pruning | None, image: int = 0, ends: range = range(0)) -> Tensor:
+    """The ascending indices that are kept of n visual rows: max(1, N - round(N * ratio)) of N, and the line ends.
+
+    N counts the rows that are no line ends; image is the image's number in the prompt.
+    """
     if pruning is None:
         return torch.arange(n)
-    kept = max(1, n - round(n * pruning.ratio))
+    rows = torch.tensor([i for i in range(n) if i not in ends])
+    kept = max(1, len(rows) - round(len(rows) * pruning.ratio))
+    index = (2 * torch.arange(kept) + 1) * len(rows) // (2 * kept)  # the middles of `kept` equal stretches
     if pruning.method == "random":
-        generator = torch.Generator().manual_seed(pruning.seed + image)
-        return torch.randperm(n, generator=generator)[:kept].sort().values
-    return (2 * torch.arange(kept) + 1) * n // (2 * kept)  # the middles of `kept` equal stretches
+        index = torch.randperm(len(rows), generator=torch.Generator().manual_seed(pruning.seed + image))[:kept]
+    return torch.cat((rows[index], torch.tensor(ends))).sort().values.long()
 
 
 def who_sees(is_image: Tensor, n_rows: list[int]) -> Tensor:
@@ -450,7 +446,7 @@ def build_prompt(
     for token in tokens:
         if encoder and token == image_token_id:
             image = next(shown)
-            keep = survivors(len(image.rows), pruning, len(visual))
+            keep = survivors(len(image.rows), pruning, len(visual), image.ends)
             visual.append(image.rows[keep.to(image.rows.device)])
             places = torch.zeros(1, dtype=torch.long) if encoder.looked_at else keep
             ids += [token] * len(places)

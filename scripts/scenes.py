@@ -34,6 +34,7 @@ WORDS = (
     "apple bird book bread cake chair clock cloud cow cup dog door duck eagle fish flag frog goat hat house "
     "ice key king lamp leaf lion milk moon mouse nest owl piano rain ring ship snow sun tree wolf zebra"
 ).split()
+ORDERS = ["first", "second", "third", "fourth"]
 COUNTS = ["0", "1", "2", "3", "4"]
 FONT_SIZE, VALUE_SIZE = 36, 24  # of words and numbers, of the values under bars; in pixels
 MULTIPLE_CHOICE_SHARE = 0.35
@@ -64,7 +65,7 @@ class Question:
         return "ABCD"[self.options.index(self.answer)] if self.options else self.answer
 
 
-Region = tuple[tuple[float, float, float, float], list[str]]  # left, top, right, bottom in pixels; words
+Region = tuple[tuple[float, float, float, float], list[str]]  # left, top, right, bottom in pixels; answers
 
 
 @dataclass
@@ -72,7 +73,7 @@ class Scene:
     kind: str  # shapes | text | bars
     image: Image.Image
     caption: str
-    regions: list[Region]  # which words name what is drawn where
+    regions: list[Region]  # which words say what is drawn where
     questions: list[Question]
 
 
@@ -151,7 +152,7 @@ def make_shapes(rng: Random, size: tuple[int, int]) -> Scene:
         thing = Thing(rng.choice(SHAPES), rng.choice(list(COLORS)), places[cell])
         box = draw_shape(rng, image, thing, (cell % 3, cell // 3), len(places) // 3)
         things.append(thing)
-        regions.append((box, [thing.shape, thing.color]))
+        regions.append((box, [thing.shape, thing.color, thing.place]))
     items = join([f"{article(thing.color)} {thing.name} in the {thing.place}" for thing in things])
     noun = "object" if len(things) == 1 else "objects"
     caption = f"A {background} image with {len(things)} {noun}: {items}."
@@ -273,7 +274,7 @@ def draw_line(rng: Random, image: Image.Image, line: Line, height: float) -> lis
     units = list(line.text) if line.noun == "number" else [line.text]
     width = (right - left) / len(units)
     edges = [left + index * width for index in range(len(units))]
-    return [((edge, top, edge + width, bottom), [unit, line.color]) for edge, unit in zip(edges, units)]
+    return [((edge, top, edge + width, bottom), [unit, line.color, line.place]) for edge, unit in zip(edges, units)]
 
 
 def text_questions(rng: Random, lines: list[Line], background: str) -> list[Question]:
@@ -350,14 +351,14 @@ def draw_bars(rng: Random, image: Image.Image, bars: list[Bar]) -> list[Region]:
         x, top = slot * (index + 0.5), base - bar.value * unit
         draw.rectangle([x - half, top, x + half, base], fill=tint(rng, bar.color))
         draw.text((x, height - 13), str(bar.value), fill=(0, 0, 0), font=font, anchor="mm")
-        regions.append(((x - half, top, x + half, height), [str(bar.value), bar.color]))
+        regions.append(((x - half, top, x + half, height), [str(bar.value), bar.color, ORDERS[index]]))
     draw.line([2, base, width - 2, base], fill=(0, 0, 0), width=2)
     return regions
 
 
 def bar_questions(rng: Random, bars: list[Bar], ranked: list[Bar]) -> list[Question]:
     colors, digits = [bar.color for bar in bars], [str(value) for value in range(1, 10)]
-    orders = ["first", "second", "third", "fourth"][: len(bars)]
+    orders = ORDERS[: len(bars)]
     tall = ["Which bar is tallest?", "Which bar is the tallest?", "What color is the tallest bar?"]
     short = ["Which bar is shortest?", "Which bar is the shortest?", "What color is the shortest bar?"]
     one, other = rng.sample(bars, 2)

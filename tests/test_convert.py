@@ -152,7 +152,7 @@ def test_stop_tokens_and_scaling_reach_params_json(folder):
 def tiny_row(original, monkeypatch):
     """A row of the table for the small Llama."""
     config = json.loads((original / "config.json").read_text())
-    args, _ = convert_hf_checkpoint.llama(config, original)
+    args, *_ = convert_hf_checkpoint.llama(config, original)
     fields = ("dim", "n_layer", "n_head", "n_kv_head", "intermediate_size", "vocab_size", "max_seq_len", "rope_scaling")
     row = {key: getattr(args, key) for key in fields} | {"rope_base": 500000.0}
     monkeypatch.setitem(MODELS, "tiny-llama", row)

@@ -14,8 +14,8 @@ from tests import hub
 from tests.conftest import draw as draw_picture
 from vision import Pruning, survivors
 
-TEXT_FAMILIES = ["qwen2", "qwen2.5-tied"]
-VL_FAMILIES = ["qwen2.5-vl"]
+TEXT_FAMILIES = ["qwen2.5-tied", "llama3.1"]
+VL_FAMILIES = ["qwen2.5-vl", "llava-hf", "llama-3.2-vision"]
 RATIOS = [0.1, 0.25, 0.5, 0.75, 0.9, 0.99]
 PRUNINGS = [None, *(Pruning(method, ratio, 7) for method in ("random", "structured") for ratio in RATIOS)]
 
@@ -55,6 +55,7 @@ def without_draft(pair, *args) -> dict:
 
 PAIRS = [(family, draft) for family in (*TEXT_FAMILIES, *VL_FAMILIES) for draft in ("itself", f"{family}:other")]
 PAIRS += [("qwen2.5-vl", "qwen2"), ("qwen2", "qwen2.5-vl")]  # a draft that sees nothing, and one that could
+PAIRS += [("llama-3.2-vision", "llama3.1"), ("llama3.1", "llama-3.2-vision")]
 
 
 @pytest.mark.parametrize("family, draft", PAIRS)
@@ -194,6 +195,11 @@ def test_survivors_count_and_spacing():
             assert torch.equal(random, survivors(n, Pruning("random", ratio, 3)))
     assert not torch.equal(survivors(100, Pruning("random", 0.5, 3)), survivors(100, Pruning("random", 0.5, 4)))
     assert torch.equal(survivors(100, None), torch.arange(100))
+    ends = range(9, 100, 10)
+    for method in ("structured", "random"):
+        kept = survivors(100, Pruning(method, 0.8), 0, ends)
+        assert set(ends) < set(kept.tolist()) and len(kept) == len(ends) + 90 - round(90 * 0.8)
+        assert torch.equal(kept, kept.unique())
 
 
 # ---- the distribution ----------------------------------------------------------------------------------------------

@@ -487,9 +487,9 @@ def test_lone_surrogates_are_a_user_s_mistake(pair):
 def test_long_texts_stay_fast(pair):
     """A hundred kilobytes take about 30 ms; the limit is wide because the machine may be busy."""
     for text in ("".join(source_code())[:100_000], "a" * 100_000, " " * 100_000 + "x", "=-" * 50_000, "\n " * 50_000):
-        start = time.perf_counter()
+        start = time.process_time()
         pair.ours.encode(text)
-        assert time.perf_counter() - start < 1
+        assert time.process_time() - start < 1
 
 
 # ---- chats ---------------------------------------------------------------------------------------------------------
