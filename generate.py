@@ -24,6 +24,7 @@ from vision import Pruning, build_encoder, build_prompt, load_image
 
 ROOT = Path(__file__).resolve().parent
 DEFAULT_CHECKPOINT = ROOT / "checkpoints/tiny-qwen2.5-vl/model.pth"
+DEFAULT_DRAFT = ROOT / "checkpoints/tiny-qwen2.5-vl-draft/model.pth"
 DEFAULT_IMAGE = ROOT / "checkpoints/scenes/shapes-1.png"
 DEFAULT_PROMPT = "Describe the image."
 CACHE_BUCKET = 512  # slots: cache sizes are multiples of it, so that similar prompts share a compiled step
@@ -347,7 +348,9 @@ def weight_bytes(model: nn.Module) -> int:
 def answer(engine: Engine, tokenizer: Tokenizer, request: dict, args, show, said: list[int] | None = None) -> dict:
     """Answer a request as --requests has them: show() gets the text as it comes, said the ids. Raises ValueError."""
     tokens, parts = tokenizer.encode_request(request)
-    images = [part.setdefault("image", part.get("image") or load_image(part["path"])) for part in parts]
+    for part in parts:  # a conversation comes back with pictures that were read before
+        if not isinstance(part.get("image"), Image.Image):
+            part["image"] = load_image(part["path"])
     stop_ids = frozenset() if isinstance(request.get("prompt"), int) else tokenizer.stop_ids
     decoder, said = StreamDecoder(tokenizer), [] if said is None else said
 
@@ -357,6 +360,7 @@ def answer(engine: Engine, tokenizer: Tokenizer, request: dict, args, show, said
 
     max_new_tokens = number(int, 1)(request.get("max_new_tokens", args.max_new_tokens))
     sampling = Sampling(args.temperature, args.top_k)
+    images = [part["image"] for part in parts]
     result = generate(engine, tokens, images, max_new_tokens, stop_ids, sampling, on_tokens)
     show(decoder.flush())
     return {"text": tokenizer.decode(said), **result}
@@ -524,6 +528,8 @@ def load_engine(args: argparse.Namespace) -> tuple[Engine, Tokenizer]:
     engine, tokenizer = load(args.checkpoint_path, args.device, dtype)
     engine.max_cache_size = args.max_cache_size
     engine.cross_attention_seq_length = args.cross_attention_seq_length
+    if args.checkpoint_path == DEFAULT_CHECKPOINT and args.draft_checkpoint_path is None:
+        args.draft_checkpoint_path = DEFAULT_DRAFT
     if args.draft_checkpoint_path:
         check_device(args.draft_device or args.device)
         draft, draft_tokenizer = load(args.draft_checkpoint_path, args.draft_device or args.device, dtype)

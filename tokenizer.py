@@ -208,8 +208,11 @@ class Tokenizer:
             return ids, find_images(request["messages"])
         prompt, images = request["prompt"], [{"type": "image", "path": path} for path in request.get("images", [])]
         if isinstance(prompt, int):
-            names = random.Random(0).choices(sorted(set(range(self.settings["n_tokens"])) - self.silent), k=prompt)
-            return self.encode_raw(images) + names, images
+            if not 0 < prompt < 2**24:
+                raise ValueError(f"a prompt of {prompt} tokens cannot be made up")
+            words = sorted(set(range(self.settings["n_tokens"])) - self.silent)
+            made_up = random.Random(0).choices(words, k=prompt)
+            return self.encode_raw(images) + made_up, find_images([{"content": images}])
         if not prompt.strip():
             raise ValueError("the prompt is empty")
         content = self.place_images(prompt, images)

@@ -113,6 +113,7 @@ def test_requests(run, pair, pictures, tmp_path):
         {"prompt": "Hi", "surprise": 1},
         {"prompt": ["Hi"]},
         {"prompt": "Hi", "images": "a.png"},
+        {"messages": [{"role": "user", "content": [image | {"path": "nowhere.png", "image": "no picture"}]}]},
         {"prompt": "Hi", "max_new_tokens": "many"},
         {"prompt": "Hi", "max_new_tokens": 0},
         ["Hi"],
@@ -123,9 +124,9 @@ def test_requests(run, pair, pictures, tmp_path):
     status, out, err = run("--requests", file)
     results = [json.loads(line) for line in out.splitlines()]
     assert status == 2 and len(results) == len(lines) + 1
-    assert [i for i, result in enumerate(results) if "error" in result] == [*range(4, 14), 15]
+    assert [i for i, result in enumerate(results) if "error" in result] == [*range(4, 15), 16]
     assert all(set(result) == {"error"} and result["error"] for result in results if "error" in result)
-    assert results[0]["token_ids"] == results[14]["token_ids"], "what came between must not matter"
+    assert results[0]["token_ids"] == results[15]["token_ids"], "what came between must not matter"
     assert len(results[1]["token_ids"]) == 3
     assert results[1]["prompt_token_ids"] == results[2]["prompt_token_ids"]
     assert results[1]["token_ids"] == results[2]["token_ids"][:3]
@@ -234,7 +235,8 @@ def test_bad_image(run, tmp_path, kind):
     [
         (["--prompt", ""], "empty"),
         (["--prompt", "   "], "empty"),
-        (["--prompt", "0"], "empty"),
+        (["--prompt", "0"], "0 tokens"),
+        (["--prompt", "99999999999999"], "tokens"),
         (["--prompt", "a <image> b <image>"], "placeholder"),
         (["--prompt", "a <image> b <image>", "--image", "{small}"], "placeholder"),
         (["--prompt", "a <image> b", "--image", "{small}", "--image", "{small}"], "placeholder"),
