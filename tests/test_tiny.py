@@ -1,0 +1,57 @@
+"""The tiny models that ship: what they were trained for, through this repository's own code."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from generate import DEFAULT_CHECKPOINT, DEFAULT_DRAFT, DEFAULT_IMAGE, generate, load
+from scripts.scenes import held_out_questions
+
+ROOT = Path(__file__).resolve().parent.parent
+N_QUESTIONS = 500
+
+
+def ask(engine, tokenizer, text: str, image) -> str:
+    content = [{"type": "image"}, {"type": "text", "text": text}]
+    tokens = tokenizer.encode_chat([{"role": "user", "content": content}])
+    engine.forget()
+    return tokenizer.decode(generate(engine, tokens, [image], 48, tokenizer.stop_ids)["token_ids"])
+
+
+@pytest.mark.parametrize("path, least", [(DEFAULT_CHECKPOINT, 0.9), (DEFAULT_DRAFT, 0.5)], ids=["target", "draft"])
+def test_held_out_questions(path, least, capsys):
+    """Exact match on scenes that no training has seen, in the default dtype."""
+    engine, tokenizer = load(path, "cpu", torch.bfloat16)
+    questions = list(held_out_questions(N_QUESTIONS))
+    right = sum(ask(engine, tokenizer, q.prompt, scene.image) == q.reply for scene, q in questions)
+    with capsys.disabled():
+        print(f"\n{path.parent.name}: {right} of {N_QUESTIONS} held-out questions")
+    assert right >= least * N_QUESTIONS
+
+
+def test_shipped_files_are_small():
+    """What ships has to stay clonable: both together at most 12 MB, and nothing but what generate.py reads."""
+    folders = [DEFAULT_CHECKPOINT.parent, DEFAULT_DRAFT.parent]
+    assert sum(file.stat().st_size for folder in folders for file in folder.iterdir()) <= 12e6
+    assert len(list(DEFAULT_IMAGE.parent.glob("*.png"))) == 6
+
+
+def test_no_arguments(tmp_path):
+    """Describes a picture, within 12 seconds on two cores, in any working directory."""
+    started = time.monotonic()
+    done = subprocess.run([sys.executable, ROOT / "generate.py"], capture_output=True, text=True, cwd=tmp_path)
+    seconds = time.monotonic() - started
+    assert done.returncode == 0 and len(done.stdout.split()) >= 8 and done.stdout.count("\n") == 1, done
+    assert "accepted" in done.stderr
+    assert seconds < 12
+
+
+def test_an_answer_on_the_command_line():
+    flags = ["--image", DEFAULT_IMAGE, "--prompt", "How many circles are there?", "--json", "--device", "cpu"]
+    done = subprocess.run([sys.executable, ROOT / "generate.py", *flags], capture_output=True, text=True)
+    assert json.loads(done.stdout)["text"].isdigit()
