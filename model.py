@@ -265,7 +265,8 @@ class Transformer(nn.Module):
     def __init__(self, args: ModelArgs):
         super().__init__()
         self.args = args
-        self.embedding = nn.Embedding(args.vocab_size + args.n_unspoken, args.dim)
+        # Not initialized: drawing numbers on the meta device would import torch._dynamo, two seconds for nothing.
+        self.embedding = nn.Embedding.from_pretrained(torch.empty(args.vocab_size + args.n_unspoken, args.dim))
         blocks = [CrossBlock if i in args.cross_attention_layers else Block for i in range(args.n_layer)]
         self.layers = nn.ModuleList(block(args) for block in blocks)
         self.norm = nn.RMSNorm(args.dim, args.norm_eps)
