@@ -1,0 +1,395 @@
+"""The benchmark: questions in, accuracy and speed out, from one command.
+
+Knows what is compared with what, how an answer is timed, and how a run is written down so that it can go on. Does not
+know models (generate.answer() answers), benchmarks (scripts/benchmarks.py) or how figures add up (scripts/results.py).
+"""
+
+import argparse
+import base64
+import hashlib
+import io
+import platform
+import sys
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from random import Random
+
+import torch
+from PIL import Image
+
+from generate import (
+    DEFAULT_CHECKPOINT,
+    ROOT,
+    Engine,
+    Parser,
+    add_model_flags,
+    answer,
+    check_device,
+    load_engine,
+    log,
+    now,
+    number,
+    one_line,
+    weight_bytes,
+)
+from scripts import human_eval, mmmu
+from scripts.benchmarks import BENCHMARKS, Benchmark, Question
+from scripts.results import Progress, Results, accuracy, group_accuracy, print_summary, rates, summarize
+from tokenizer import Tokenizer
+from vision import Pruning, load_image
+
+DEFAULT_DRAFT = ROOT / "checkpoints/tiny-qwen2.5-vl-draft/model.pth"
+THUMBNAIL = 320  # pixels, the longer side of the pictures kept for scripts/report.py
+FIGURES = [  # of generate()'s result, repeated in a results line
+    "time_to_first_token_s",
+    "encoder_s",
+    "finish_reason",
+    "n_visual_tokens",
+    "draft_n_visual_tokens",
+    "draft_time_to_first_token_s",
+    "accept_counts",
+    "draft_s",
+    "verify_s",
+    "rest_s",
+]
+FIGURES = [  # of generate()'s result, repeated in a results line
+    "time_to_first_token_s",
+    "encoder_s",
+    "finish_reason",
+    "n_visual_tokens",
+    "draft_n_visual_tokens",
+    "draft_time_to_first_token_s",
+    "accept_counts",
+    "draft_s",
+    "verify_s",
+    "rest_s",
+]
+NOT_SETTINGS = {"output", "resume", "streaming", "score"}  # flags that change nothing in the results
+BANDWIDTH_BYTES = 1 << 29  # more than any cache holds
+
+# ---- what is compared ----------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Variant:
+    """One way to answer the questions."""
+
+    name: str
+    engine: Engine
+    draft: Engine | None = None
+    pruning: Pruning | None = None  # of what the draft sees
+
+    def enter(self) -> Engine:
+        self.engine.draft = self.draft
+        if self.draft:
+            self.draft.pruning = self.pruning
+        return self.engine
+
+
+def plan_variants(args: argparse.Namespace, engine: Engine) -> list[Variant]:
+    """What the flags describe; with --compare the target alone first, then the draft and what the list says."""
+    target, draft = Variant("target", engine), engine.draft
+    drafted = [Variant(draft_name(draft.pruning), engine, draft, draft.pruning)] if draft else []
+    if args.compare is None:
+        return drafted or [target]
+    ratios = [item for item in args.compare if not item.endswith(".pth")]
+    if not draft and (ratios or not args.compare):
+        raise ValueError("--compare needs a --draft_checkpoint_path, or other weights (model.pth) to compare with")
+    listed = [load_variant(item, args) if item.endswith(".pth") else prune(item, args, engine) for item in args.compare]
+    variants = [target, *([] if ratios else drafted), *listed]
+    if len({variant.name for variant in variants}) < len(variants):
+        raise ValueError("--compare names something twice")
+    return variants
+
+
+def load_variant(path: str, args: argparse.Namespace) -> Variant:
+    """Other weights, without a draft."""
+    other = vars(args) | {"checkpoint_path": Path(path), "draft_checkpoint_path": None}
+    name = Path(path).stem if Path(path).stem != "model" else Path(path).parent.name
+    return Variant(name, load_engine(argparse.Namespace(**other))[0])
+
+
+def prune(item: str, args: argparse.Namespace, engine: Engine) -> Variant:
+    """The draft that sees less: RATIO or METHOD:RATIO. Raises ValueError for anything else."""
+    method, _, ratio = item.rpartition(":")
+    try:
+        if method not in ("", "random", "structured"):
+            raise ValueError
+        pruning = Pruning(method or args.mm_prune_method, number(float, 0, 1)(ratio), args.seed)
+    except ValueError:
+        problem = "is none of RATIO, random:RATIO, structured:RATIO (0 to 1) and a model.pth"
+        raise ValueError(f"--compare {item} {problem}") from None
+    return Variant(draft_name(pruning), engine, engine.draft, pruning)
+
+
+def draft_name(pruning: Pruning) -> str:
+    return f"draft {pruning.method}:{pruning.ratio:g}" if pruning.ratio else "draft"
+
+
+# ---- asking and measuring ------------------------------------------------------------------------------------------
+
+
+def measure_bandwidth(device: str) -> float:
+    """GB/s that this device's memory gives: the faster of a copy (counted twice: read, written) and a sum."""
+    source = torch.ones(BANDWIDTH_BYTES // 4, device=device)
+    copy = torch.empty_like(source)
+    best = 0.0
+    for work, n_bytes in ((partial(copy.copy_, source), 2 * BANDWIDTH_BYTES), (source.sum, BANDWIDTH_BYTES)):
+        for _ in range(5):
+            start = now(source.device)
+            work()
+            best = max(best, n_bytes / 1e9 / (now(source.device) - start))
+    return best
+
+
+def ask(variant: Variant, tokenizer: Tokenizer, benchmark: Benchmark, question: Question, args) -> dict:
+    """What a results line says of an answer, apart from its verdict. Raises ValueError for a question that is bad."""
+    turns = benchmark.ask(question)
+    parts = [part for content in turns if isinstance(content, list) for part in content if part["type"] == "image"]
+    for part in parts:
+        open_image(part)
+    shown = {"question": [as_text(content) for content in turns], "pictures": [thumbnail(p["image"]) for p in parts]}
+    return shown | converse(variant.enter(), tokenizer, turns, question.get("completion"), args)
+
+
+def converse(engine: Engine, tokenizer: Tokenizer, turns: list, completion: str | None, args) -> dict:
+    """Say one turn after the other, each with the replies before it: the replies, and what they took.
+
+    A model without a chat format goes on with `completion`, if the question has one, or with all that was said.
+    """
+    engine.forget()
+    torch.manual_seed(args.seed)  # an answer depends on no other question, nor on where a run was resumed
+    show = partial(print, end="", file=sys.stderr, flush=True) if args.streaming else lambda text: None
+    messages, replies, measured = [], [], []
+    for content in turns:
+        messages.append({"role": "user", "content": content})
+        request, said = {"messages": messages}, []
+        if not tokenizer.chat:
+            request = {"prompt": completion or "\n\n".join(m["content"] for m in messages) + "\n\n", "raw": True}
+        result = answer(engine, tokenizer, request, args, show, said)
+        show("\n")
+        ids = [token for token in said if token not in tokenizer.stop_ids]
+        reply = [{"type": "tokens", "ids": ids}] if tokenizer.chat else result["text"]
+        messages.append({"role": "assistant", "content": reply})
+        replies.append(result["text"])
+        measured.append(figures(result, engine))
+    return {"response": replies[0] if len(replies) == 1 else replies, "turns": measured}
+
+
+def open_image(part: dict) -> None:
+    """Decode an image part that came as bytes. Raises ValueError, one line, if that cannot be."""
+    if "bytes" in part:
+        try:
+            part["image"] = load_image(io.BytesIO(part.pop("bytes")))
+        except ValueError as error:
+            raise ValueError(f"{part['path']} cannot be decoded ({str(error).rpartition(': ')[2]})") from None
+
+
+def as_text(content: str | list[dict]) -> str:
+    return content if isinstance(content, str) else "".join(part.get("text", "<image>") for part in content)
+
+
+def thumbnail(image: Image.Image) -> str:
+    """A small copy as a data URL, so that a report needs nothing but the results."""
+    image, buffer = image.copy(), io.BytesIO()
+    image.thumbnail((THUMBNAIL, THUMBNAIL))
+    image.save(buffer, "JPEG", quality=80)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def figures(result: dict, engine: Engine) -> dict:
+    """What one answer took: times in seconds; bytes_read of weights (target and draft; no embeddings, no caches)."""
+    n_decoded = len(result["token_ids"]) - 1  # the first token comes from prefill
+    counts = result.get("accept_counts", [])
+    n_guessing = sum(counts)
+    # Steps without guesses: there is no draft, or no room for guesses was left in the caches.
+    n_plain = max(0, n_decoded - sum((n + 1) * count for n, count in enumerate(counts)))
+    n_bytes = weight_bytes(engine.model) * (n_guessing + n_plain)
+    if engine.draft:
+        n_bytes += weight_bytes(engine.draft.model) * n_guessing * engine.speculate_k
+    return {name: result[name] for name in FIGURES if name in result} | {
+        "prefill_s": result["time_to_first_token_s"] - result["encoder_s"],
+        "decode_s": n_decoded / result["tokens_per_s"] if result["tokens_per_s"] else 0.0,
+        "n_prompt_tokens": len(result["prompt_token_ids"]),
+        "n_decoded": n_decoded,
+        "n_steps": n_guessing + n_plain,
+        "bytes_read": n_bytes,
+    }
+
+
+# ---- a run and its results file ------------------------------------------------------------------------------------
+
+
+def describe_run(args: argparse.Namespace, **more) -> dict:
+    """The first line of a results file: every setting, versions, device, the checkpoints' hashes."""
+    settings = {name: value for name, value in vars(args).items() if name not in NOT_SETTINGS}
+    device = torch.device(args.device)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} ({platform.machine()})"
+    listed = [Path(item) for item in args.compare or [] if item.endswith(".pth")]
+    paths = [path for path in (args.checkpoint_path, args.draft_checkpoint_path, *listed) if path]
+    files = [
+        file for path in paths for file in (path, path.with_name("params.json"), path.with_name("tokenizer.model"))
+    ]
+    return {
+        "settings": {name: str(value) if isinstance(value, Path) else value for name, value in settings.items()},
+        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        "device": name + (f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""),
+        "sha256": {str(file): hash_file(file) for file in files if args.output},  # nobody resumes without a file
+        **more,
+    }
+
+
+def hash_file(path: Path) -> str:
+    """What sha256sum says; of 16 GB of weights in about ten seconds."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@dataclass
+class Examination:
+    """Questions, who answers them, and where the results go."""
+
+    args: argparse.Namespace
+    benchmark: Benchmark
+    questions: list[Question]
+    variants: list[Variant]
+    tokenizer: Tokenizer
+    results: Results
+
+    def run(self) -> None:
+        """Ask what has no line yet. The variants take turns, and go first in turn: no one has the better machine."""
+        done = {(line["variant"], line["id"]) for line in self.results.lines}
+        n_lines = len(self.variants) * len(self.questions)
+        if len(done) == n_lines:
+            return
+        guesses = {variant.name: self.replay_guesses(variant) for variant in self.variants}
+        for question in self.questions[: self.args.warmup]:
+            for variant in self.variants:
+                self.answer(variant, question)
+        progress = Progress(n_lines, self.results.lines)
+        for i, question in enumerate(self.questions):
+            for variant in self.variants[i % len(self.variants) :] + self.variants[: i % len(self.variants)]:
+                if (variant.name, question["id"]) not in done:
+                    line = self.judge(self.answer(variant, question), question, guesses[variant.name])
+                    self.results.add(line)
+                    progress.show(line)
+
+    def answer(self, variant: Variant, question: Question) -> dict:
+        """A line of results without a verdict: the answer and its figures, or "error"."""
+        line = {"id": question["id"], "variant": variant.name, "group": question["group"]}
+        line |= {name: question[name] for name in self.benchmark.kept if name in question}
+        try:
+            line |= ask(variant, self.tokenizer, self.benchmark, question, self.args)
+        except (ValueError, OSError, torch.OutOfMemoryError) as error:
+            log(f"{question['id']}: {one_line(error)[:300]}")
+            return line | {"error": one_line(error)[:300]}
+        if variant is not self.variants[0]:
+            del line["pictures"]  # one copy will do
+        return line | rates(line["turns"], self.results.header["bandwidth_gb_per_s"])
+
+    def judge(self, line: dict, question: Question, rng: Random) -> dict:
+        if "error" in line or not self.results.header["judged"]:
+            return line
+        replies = line["response"] if isinstance(line["response"], list) else [line["response"]]
+        return line | self.benchmark.score(question, replies, rng)
+
+    def replay_guesses(self, variant: Variant) -> Random:
+        """The generator of MMMU's guesses, where an interrupted run left it."""
+        rng = Random(mmmu.SEED)
+        for line in self.results.lines:
+            if line["variant"] == variant.name and line.get("guessed"):
+                rng.choice(line["all_choices"])
+        return rng
+
+
+# ---- command line --------------------------------------------------------------------------------------------------
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = Parser(prog="evaluate.py", description="Accuracy and speed of a model, with and without its draft.")
+    add_model_flags(parser)
+    parser.add_argument("--bench_name", choices=list(BENCHMARKS), default="scenes")
+    parser.add_argument("--num_questions", type=number(int, 1), help="default: all; of scenes 200")
+    parser.add_argument("--subjects", nargs="+", metavar="SUBJECT", help="of MMMU; default: all")
+    parser.add_argument("--split", default="validation", help="of MMMU: dev, validation")
+    parser.add_argument("--data_dir", type=Path, help="a folder with the hub's files of the benchmark")
+    parser.add_argument("--output", type=Path, help="results, a JSON line a question")
+    parser.add_argument("--resume", action="store_true", help="go on with the questions that --output lacks")
+    parser.add_argument("--warmup", type=number(int, 0), default=1, help="questions asked before, and not counted")
+    parser.add_argument("--streaming", action="store_true", help="print the answers to stderr as they come")
+    parser.add_argument("--allow_code_execution", action="store_true", help="run the programs of human_eval: pass@1")
+    parser.add_argument("--score", type=Path, help="judge MMMU responses made elsewhere, a JSON line each")
+    parser.add_argument(
+        "--compare",
+        nargs="*",
+        metavar="RATIO|METHOD:RATIO|model.pth",
+        help="the same questions by the target alone, with the draft (pruned as listed), and by other weights, in turn",
+    )
+    parser.set_defaults(checkpoint_path=None, max_new_tokens=None)
+    args = parser.parse_args(argv)
+    if args.checkpoint_path is None:  # the pair that comes with the repository
+        args.checkpoint_path = DEFAULT_CHECKPOINT
+        args.draft_checkpoint_path = args.draft_checkpoint_path or (DEFAULT_DRAFT if DEFAULT_DRAFT.exists() else None)
+    args.max_new_tokens = args.max_new_tokens or BENCHMARKS[args.bench_name].max_new_tokens
+    if args.score and args.bench_name != "MMMU":
+        raise ValueError("--score judges by MMMU's rules: add --bench_name MMMU")
+    if args.resume and not args.output:
+        raise ValueError("--resume needs --output, the file to go on with")
+    return args
+
+
+def check_images(benchmark: Benchmark, engine: Engine, args: argparse.Namespace) -> None:
+    if benchmark.has_images and engine.encoder is None:
+        text_only = " and ".join(name for name, other in BENCHMARKS.items() if not other.has_images)
+        raise ValueError(f"{args.checkpoint_path} reads text only, and {args.bench_name} has pictures: try {text_only}")
+
+
+def run(args: argparse.Namespace) -> int:
+    benchmark = BENCHMARKS[args.bench_name]
+    questions = benchmark.load(args)
+    if len({question["id"] for question in questions}) < len(questions):
+        raise ValueError(f"two questions of {args.bench_name} have the same id")
+    if args.output:
+        args.output.open("ab").close()  # a name that cannot be written shows before the model is loaded
+    check_device(args.device)
+    bandwidth = measure_bandwidth(args.device)
+    engine, tokenizer = load_engine(args)
+    check_images(benchmark, engine, args)
+    judged = benchmark.score is not None and (args.allow_code_execution or not benchmark.executes_code)
+    if judged and benchmark.executes_code:
+        log(f"programs run {human_eval.network_guard()}")
+    variants = plan_variants(args, engine)
+    names = [variant.name for variant in variants]
+    more = {"variants": names, "n_questions": len(questions), "judged": judged, "bandwidth_gb_per_s": bandwidth}
+    results = Results(args.output, describe_run(args, **more), args.resume)
+    status = 0
+    try:
+        Examination(args, benchmark, questions, variants, tokenizer, results).run()
+    except KeyboardInterrupt:
+        log("\ninterrupted; the summary so far:")
+        status = 130
+    print_summary(summarize(results.header, results.lines))
+    return status
+
+
+def score_file(path: Path) -> int:
+    lines = mmmu.score_responses(mmmu.read_responses(path))
+    print_summary(accuracy(lines) | group_accuracy(lines))
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """0; 2 for a mistake of the user's, with one line on stderr; 130 after Ctrl-C, with the summary so far."""
+    try:
+        args = parse_args(argv)
+        return score_file(args.score) if args.score else run(args)
+    except (ValueError, OSError) as error:
+        log(f"evaluate.py: {one_line(error)}")
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,279 @@
+"""A results file, the progress bar beside it, and what its lines add up to: accuracy, speed, the summary, its tables.
+
+Knows what evaluate.py finds out. Does not know models, benchmarks or torch.
+
+The first line of a file says how the run was made, each other one is a question answered by a variant: "id",
+"variant", "group", "turns" (figures of each answer, see evaluate.figures) or "error", "correct" where it was judged.
+"""
+
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+
+from scripts.mmmu import DISCIPLINES
+
+ROWS = [  # of the table: name, field of rates(), decimals
+    ("decode, tokens/s", "tokens_per_s", 1),
+    ("weights read, GB/s", "gb_per_s", 2),
+    ("  share of bandwidth", "bandwidth_share", 2),
+    ("encoder, s", "encoder_s", 3),
+    ("prefill, s", "prefill_s", 3),
+    ("first token, s", "time_to_first_token_s", 3),
+    ("whole answer, s", "answer_s", 3),
+    ("visual tokens", "n_visual_tokens", 1),
+    ("  seen by draft", "draft_n_visual_tokens", 1),
+    ("guesses accepted a step", "mean_accepted", 2),
+    ("tokens a step", "tokens_per_step", 2),
+]
+
+
+# ---- lines and their file ------------------------------------------------------------------------------------------
+
+
+def read_results(path: Path) -> tuple[list[dict], int]:
+    """The whole lines of a file, and how many bytes they are: a process that was killed leaves half a line at most.
+
+    Raises ValueError for a line that is none of ours, OSError where the file cannot be read.
+    """
+    data = path.read_bytes()
+    whole = data[: data.rfind(b"\n") + 1]
+    return [read_line(path, i, line) for i, line in enumerate(whole.split(b"\n")[:-1], 1)], len(whole)
+
+
+def read_line(path: Path, i: int, line: bytes) -> dict:
+    needed = {"settings", "variants", "n_questions"} if i == 1 else {"id", "variant", "group"}
+    try:
+        value = json.loads(line)
+    except ValueError:
+        value = None
+    if not isinstance(value, dict) or not needed <= value.keys():
+        raise ValueError(f"{path}, line {i} is not a line of evaluate.py's results")
+    return value
+
+
+class Results:
+    """The lines of a run, each written to the file, if there is one, as soon as it is known."""
+
+    def __init__(self, path: Path | None, header: dict, resume: bool):
+        """Raises ValueError for a file that holds something else, OSError where it cannot be written."""
+        self.header, self.lines, self.file = header, [], None
+        if path is None:
+            return
+        old, n_bytes = read_results(path) if path.exists() else ([], 0)
+        if not resume and path.exists() and (len(old) > 1 or path.stat().st_size > n_bytes):
+            raise ValueError(f"{path} holds something already: --resume goes on with it, or name another file")
+        if old and resume:
+            check_same(path, old[0], header)
+            self.header, self.lines = old[0], old[1:]
+        self.file = path.open("r+b" if self.lines else "wb")
+        if self.lines:
+            self.file.seek(self.file.truncate(n_bytes))
+        else:
+            self.write(self.header)
+
+    def write(self, line: dict) -> None:
+        if self.file:
+            self.file.write(json.dumps(line).encode() + b"\n")
+            self.file.flush()
+
+    def add(self, line: dict) -> None:
+        self.write(line)
+        self.lines.append(line)
+
+
+def check_same(path: Path, old: dict, new: dict) -> None:
+    """Raises ValueError that names the first difference. The measured bandwidth may differ."""
+    new = json.loads(json.dumps(new))
+    pairs = {f"--{name}": (old["settings"].get(name), value) for name, value in new["settings"].items()}
+    pairs |= {name: (old.get(name), new[name]) for name in new.keys() - {"settings", "bandwidth_gb_per_s"}}
+    for name, (before, after) in pairs.items():
+        if before != after:
+            raise ValueError(f"{path} was made with other settings: {name} was {before}, is {after}")
+
+
+class Progress:
+    """A bar on stderr with accuracy and speed so far; where stderr is no terminal, a line at every tenth."""
+
+    def __init__(self, total: int, lines: list[dict]):
+        self.total, self.start, self.terminal = total, time.perf_counter(), sys.stderr.isatty()
+        self.done = self.correct = self.judged = self.n_decoded = 0
+        self.decode_s = 0.0
+        for line in lines:
+            self.count(line)
+        self.before = self.done
+
+    def count(self, line: dict) -> None:
+        self.done += 1
+        self.judged += "correct" in line
+        self.correct += line.get("correct", False)
+        for turn in line.get("turns", []):
+            self.n_decoded += turn["n_decoded"]
+            self.decode_s += turn["decode_s"]
+
+    def show(self, line: dict) -> None:
+        self.count(line)
+        if not self.terminal and self.done * 10 // self.total == (self.done - 1) * 10 // self.total:
+            return
+        left = (time.perf_counter() - self.start) / (self.done - self.before) * (self.total - self.done)
+        correct = f"{self.correct / self.judged:.3f} correct, " if self.judged else ""
+        speed = f"{self.n_decoded / self.decode_s:.1f} tokens/s, " if self.decode_s else ""
+        bar = "#" * (20 * self.done // self.total)
+        text = f"[{bar:.<20}] {self.done}/{self.total}  {correct}{speed}{left:.0f} s left"
+        if self.terminal:
+            print(f"\r{text:<78}", end="" if self.done < self.total else "\n", file=sys.stderr, flush=True)
+        else:
+            print(text, file=sys.stderr, flush=True)
+
+
+# ---- adding up -----------------------------------------------------------------------------------------------------
+
+
+def rates(turns: list[dict], bandwidth_gb_per_s: float) -> dict:
+    """Means and rates of any number of answers: those of a question, or of all. None where there is nothing."""
+
+    def total(*names: str) -> float:
+        return sum(turn.get(name, 0) for turn in turns for name in names)
+
+    def ratio(above: float, below: float) -> float | None:
+        return above / below if below else None
+
+    names = ["time_to_first_token_s", "encoder_s", "prefill_s", "n_prompt_tokens", "n_visual_tokens"]
+    result = {name: ratio(total(name), len(turns)) for name in names}
+    waited = total("time_to_first_token_s", "draft_time_to_first_token_s", "decode_s")
+    gb_per_s = ratio(total("bytes_read") / 1e9, total("decode_s"))
+    result |= {
+        "answer_s": ratio(waited, len(turns)),
+        "n_new_tokens": total("n_decoded") + len(turns),
+        "tokens_per_s": ratio(total("n_decoded"), total("decode_s")),
+        "tokens_per_step": ratio(total("n_decoded"), total("n_steps")),
+        "gb_per_s": gb_per_s,
+        "bandwidth_share": gb_per_s and gb_per_s / bandwidth_gb_per_s,
+    }
+    drafted = [turn for turn in turns if "accept_counts" in turn]
+    counts = [sum(column) for column in zip(*(turn["accept_counts"] for turn in drafted))]
+    result["mean_accepted"] = ratio(sum(n * count for n, count in enumerate(counts)), sum(counts))
+    if drafted:
+        names = ["draft_n_visual_tokens", "draft_time_to_first_token_s"]
+        result |= {"accept_counts": counts} | {name: ratio(total(name), len(drafted)) for name in names}
+        result |= {
+            f"{part}_share": ratio(total(f"{part}_s"), total("decode_s")) for part in ("draft", "verify", "rest")
+        }
+    return result
+
+
+def accuracy(lines: list[dict], judged: bool = True) -> dict:
+    """Failed questions count as wrong. Of a benchmark that judges nothing, accuracy and correct are None."""
+    correct = sum(line.get("correct", False) for line in lines) if judged else None
+    return {"accuracy": correct / len(lines) if judged and lines else None, "correct": correct, "total": len(lines)}
+
+
+def group_accuracy(lines: list[dict], judged: bool = True) -> dict:
+    """Per subject (the group of a question), and per discipline where the subjects are MMMU's."""
+    groups: dict[str, list] = {}
+    for line in lines:
+        groups.setdefault(line["group"], []).append(line)
+    members = {
+        name: [line for subject in names for line in groups.get(subject, [])] for name, names in DISCIPLINES.items()
+    }
+    return {
+        "disciplines": {name: accuracy(lines, judged) for name, lines in members.items() if lines},
+        "subjects": {name: accuracy(lines, judged) for name, lines in groups.items()},
+    }
+
+
+def summarize(header: dict, lines: list[dict]) -> dict:
+    """The last line of stdout. The first variant's figures stand at the top; "variants" has them all."""
+    names, judged = header["variants"], header["judged"]
+    of = {name: [line for line in lines if line["variant"] == name] for name in names}
+    variants = {}
+    for name in names:
+        turns = [turn for line in of[name] for turn in line.get("turns", [])]
+        variants[name] = accuracy(of[name], judged) | {"failed": sum("error" in line for line in of[name])}
+        variants[name] |= rates(turns, header["bandwidth_gb_per_s"])
+        if name != names[0]:
+            variants[name] |= speed_up(of[names[0]], of[name])
+    complete = all(len(each) == header["n_questions"] for each in of.values())
+    summary = variants[names[0]] | group_accuracy(of[names[0]], judged) | {"complete": complete}
+    return summary | header | {"variants": variants}
+
+
+def speed_up(base: list[dict], lines: list[dict]) -> dict:
+    """How much faster than `base`, question by question: the median, and the quartiles as its spread.
+
+    speed_up is of decoding, answer_speed_up of all from the request to the last token, the draft's prefill included.
+    same_answers: the part of the answers that are the same text.
+    """
+    base_of = {line["id"]: line for line in base if "turns" in line}
+    pairs = [(base_of[line["id"]], line) for line in lines if "turns" in line and line["id"] in base_of]
+    decode = quartiles(
+        [b["tokens_per_s"] / a["tokens_per_s"] for a, b in pairs if a["tokens_per_s"] and b["tokens_per_s"]]
+    )
+    whole = quartiles([a["answer_s"] / b["answer_s"] for a, b in pairs])
+    return {
+        "speed_up": decode[1],
+        "speed_up_quartiles": [decode[0], decode[2]],
+        "answer_speed_up": whole[1],
+        "answer_speed_up_quartiles": [whole[0], whole[2]],
+        "same_answers": sum(a["response"] == b["response"] for a, b in pairs) / len(pairs) if pairs else None,
+    }
+
+
+def quartiles(values: list[float]) -> list[float | None]:
+    if len(values) < 2:
+        return (values or [None]) * 3
+    return statistics.quantiles(values, n=4, method="inclusive")
+
+
+# ---- tables --------------------------------------------------------------------------------------------------------
+
+
+def show(value: float | None, digits: int = 3) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def show_range(ends: list[float | None] | None) -> str:
+    return "-" if not ends else "-".join(show(end, 2) for end in ends)
+
+
+def show_histogram(each: dict) -> str:
+    counts = each.get("accept_counts", [])
+    return " ".join(f"{100 * count / sum(counts):.0f}" for count in counts) if sum(counts) else "-"
+
+
+def show_correct(each: dict) -> str:
+    return "-" if each["correct"] is None else f"{each['correct']}/{each['total']}"
+
+
+def print_table(rows: list[list[str]]) -> None:
+    """The first column to the left, the others to the right; the first row is the heading."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    for row in rows:
+        print(row[0].ljust(widths[0]), *(text.rjust(width) for text, width in zip(row[1:], widths[1:])), sep="  ")
+    print()
+
+
+def print_summary(summary: dict) -> None:
+    """Tables for people, then the summary as one line of JSON."""
+    if "settings" in summary:
+        print_speed(summary)
+    if summary["accuracy"] is not None:
+        groups = summary["disciplines"] | summary["subjects"] | {"all": summary}
+        rows = [[name, show(each["accuracy"]), show_correct(each)] for name, each in groups.items()]
+        print_table([["", "accuracy", "correct"], *rows])
+    print(json.dumps(summary), flush=True)
+
+
+def print_speed(summary: dict) -> None:
+    settings, device = summary["settings"], summary["device"]
+    print(f"{settings['bench_name']} with {settings['checkpoint_path']}, {settings['dtype']}, {device}")
+    print(f"memory bandwidth {summary['bandwidth_gb_per_s']:.1f} GB/s measured; seconds are means of an answer\n")
+    variants = summary["variants"].values()
+    table = [["", *summary["variants"]], ["correct", *map(show_correct, variants)]]
+    table += [[name, *(show(each.get(field), digits) for each in variants)] for name, field, digits in ROWS]
+    for name, field in {"decode speed-up": "speed_up", "answer speed-up": "answer_speed_up"}.items():
+        table.append([name, *(show(each.get(field), 2) for each in variants)])
+        table.append(["  quartiles", *(show_range(each.get(f"{field}_quartiles")) for each in variants)])
+    table.append(["steps with 0, 1, ... guesses accepted, %", *(show_histogram(each) for each in variants)])
+    print_table([row for row in table if set(row[1:]) != {"-"}])
