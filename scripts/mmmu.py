@@ -189,7 +189,7 @@ def key_phrases(response: str) -> list[str]:
         phrase = ""
         for rest in (line.split(sign)[-1].strip() for sign in signs if sign in line):
             phrase = rest if not phrase or len(rest) < len(phrase) else phrase
-        if phrase and phrase not in ":,.!?;'":
+        if phrase and phrase not in set(":,.!?;'"):
             phrases.append(phrase)
     return phrases or [response]
 
@@ -252,8 +252,9 @@ def check_response(response: dict) -> None:
     for name, kind in kinds.items():
         if not isinstance(response.get(name), kind) or response[name] in ("", []) and name != "response":
             raise ValueError(f"the field {name!r} is missing or of the wrong kind")
-    if not all(isinstance(text, str) for text in response.get("index2ans", {}).values()):
-        raise ValueError("the field 'index2ans' must give a text for each letter")
+    texts = [*response.get("index2ans", {}).values(), *response.get("all_choices", []), *response["answer"]]
+    if not all(isinstance(text, str) for text in texts):
+        raise ValueError("answers, choices and options must be texts")
 
 
 def subject_of(question_id: str) -> str:
