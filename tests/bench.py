@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 import evaluate
+from vision import Pruning
 
 SUBJECTS = ["Accounting", "Art_Theory", "Math"]  # of Business, Art and Design, Science
 EXPLANATION = "The explanation, which nobody may see."
@@ -115,7 +116,7 @@ def stub_engine(draft: bool = False) -> SimpleNamespace:
     engine.forget = lambda: None
     if draft:
         engine.draft = stub_engine()
-        engine.draft.pruning = None
+        engine.draft.pruning = Pruning("structured", 0.0)
     return engine
 
 
