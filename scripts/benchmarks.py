@@ -8,6 +8,7 @@ import argparse
 import gzip
 import json
 import sys
+import textwrap
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -116,8 +117,8 @@ def find_data(args: argparse.Namespace, repo: str, patterns: list[str]) -> Path:
 
         return Path(snapshot_download(repo, repo_type="dataset", allow_patterns=patterns))
     except Exception as error:  # the network's, the hub's and the disk's errors share no class
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"cannot get {repo} from the hub ({reason}); --data_dir takes files on disk") from None
+        reason = textwrap.shorten(str(error), 160, placeholder="...")
+        raise ValueError(f"cannot get {repo} from the hub, --data_dir takes files on disk ({reason})") from None
 
 
 def find_file(args: argparse.Namespace, repo: str, names: list[str], hub_file: str) -> Path:
