@@ -19,8 +19,6 @@ import torch
 from PIL import Image
 
 from generate import (
-    DEFAULT_CHECKPOINT,
-    ROOT,
     Engine,
     Parser,
     add_model_flags,
@@ -39,7 +37,6 @@ from scripts.results import Progress, Results, accuracy, group_accuracy, print_s
 from tokenizer import Tokenizer
 from vision import Pruning, load_image
 
-DEFAULT_DRAFT = ROOT / "checkpoints/tiny-qwen2.5-vl-draft/model.pth"
 THUMBNAIL = 320  # pixels, the longer side of the pictures kept for scripts/report.py
 FIGURES = [  # of generate()'s result, repeated in a results line
     "time_to_first_token_s",
@@ -326,11 +323,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         metavar="RATIO|METHOD:RATIO|model.pth",
         help="the same questions by the target alone, with the draft (pruned as listed), and by other weights, in turn",
     )
-    parser.set_defaults(checkpoint_path=None, max_new_tokens=None)
+    parser.set_defaults(max_new_tokens=None)  # each benchmark has its own
     args = parser.parse_args(argv)
-    if args.checkpoint_path is None:  # the pair that comes with the repository
-        args.checkpoint_path = DEFAULT_CHECKPOINT
-        args.draft_checkpoint_path = args.draft_checkpoint_path or (DEFAULT_DRAFT if DEFAULT_DRAFT.exists() else None)
     args.max_new_tokens = args.max_new_tokens or BENCHMARKS[args.bench_name].max_new_tokens
     if args.score and args.bench_name != "MMMU":
         raise ValueError("--score judges by MMMU's rules: add --bench_name MMMU")

@@ -138,9 +138,11 @@ def install_stub(monkeypatch, folder: Path, answer, draft: bool = False) -> None
     """evaluate.py loads a checkpoint of empty files, and asks answer() in place of generate.answer()."""
     for name in ("model.pth", "params.json", "tokenizer.model"):
         (folder / name).write_bytes(b"")
-    tokenizer = SimpleNamespace(chat=True, stop_ids=frozenset())
-    monkeypatch.setattr(evaluate, "DEFAULT_CHECKPOINT", folder / "model.pth")
-    monkeypatch.setattr(evaluate, "DEFAULT_DRAFT", folder / "no draft")
+
+    def load(args):
+        args.checkpoint_path = folder / "model.pth"
+        return stub_engine(draft), SimpleNamespace(chat=True, stop_ids=frozenset())
+
     monkeypatch.setattr(evaluate, "measure_bandwidth", lambda device: 10.0)
-    monkeypatch.setattr(evaluate, "load_engine", lambda args: (stub_engine(draft), tokenizer))
+    monkeypatch.setattr(evaluate, "load_engine", load)
     monkeypatch.setattr(evaluate, "answer", answer)

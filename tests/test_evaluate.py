@@ -304,21 +304,25 @@ def test_half_a_line_is_written_again(run, slow_mmmu, tmp_path):
         assert status == 0 and lasting(summary) == expected and len(read(output)) == 31
 
 
-def test_killed_program_with_a_real_model(tiny, run, tmp_path):
-    """The program itself, killed when some lines are there; greedy answers are those of an undisturbed run."""
-    flags = [*tiny(), "--num_questions", 30]
-    undisturbed = tmp_path / "whole.jsonl"
-    run(*flags, "--output", undisturbed)
-    output = tmp_path / "out.jsonl"
+@pytest.mark.parametrize("sign, expected", [(signal.SIGKILL, -9), (signal.SIGINT, 130)])
+def test_stopped_program_with_a_real_model(tiny, run, tmp_path, sign, expected):
+    """The program itself, stopped when some lines are there; greedy answers are those of an undisturbed run."""
+    flags, output = [*tiny(), "--num_questions", 200], tmp_path / "out.jsonl"
     command = [sys.executable, "evaluate.py", "--device", "cpu", *map(str, flags), "--output", str(output)]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     while (not output.exists() or output.read_bytes().count(b"\n") < 4) and process.poll() is None:
         time.sleep(0.01)
-    process.kill()
-    process.wait()
-    n_before = output.read_bytes().count(b"\n")
+    process.send_signal(sign)
+    out, err = process.communicate()
+    n_before = len(output.read_text().splitlines())
+    assert process.returncode == expected and 4 <= n_before < 200 and "Traceback" not in err
+    if sign == signal.SIGINT:
+        summary = json.loads(out.splitlines()[-1])
+        assert (summary["total"], summary["complete"]) == (n_before - 1, False)
     status, summary, _ = run(*flags, "--output", output, "--resume")
-    assert status == 0 and summary["complete"] and n_before >= 4
+    assert status == 0 and summary["complete"] and summary["total"] == 200
+    undisturbed = tmp_path / "whole.jsonl"
+    run(*flags, "--output", undisturbed)
     assert [line["response"] for line in read(output)[1:]] == [line["response"] for line in read(undisturbed)[1:]]
 
 
