@@ -227,6 +227,17 @@ def test_variants_prune_the_draft_they_enter_with():
     assert variants[3].enter().draft.pruning == Pruning("random", 0.75, args.seed)
 
 
+def test_what_compiles_is_asked_again(run, monkeypatch, data, tmp_path):
+    """The second of two questions compiles something at its first try, and again at its second: it is not counted."""
+    (tmp_path / "checkpoint").mkdir()
+    graphs, speeds = iter([0, 1, 2, 2]), iter(range(1, 100))
+    bench.install_stub(monkeypatch, tmp_path / "checkpoint", lambda *args: bench.stub_result("", next(speeds)))
+    monkeypatch.setattr(evaluate, "count_graphs", lambda args: next(graphs))
+    output = tmp_path / "out.jsonl"
+    run("--bench_name", "human_eval", "--data_dir", data, "--warmup", 0, "--output", output)
+    assert [line["tokens_per_s"] for line in read(output)[1:]] == [1, 6], "asked 1 + 2 + 2 times"
+
+
 def test_streaming_goes_to_stderr(run, tiny, capsys):
     streamed = run(*tiny(), "--num_questions", 2, "--streaming")[2]
     assert len(streamed) > len(run(*tiny(), "--num_questions", 2)[2])
