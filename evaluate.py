@@ -38,30 +38,7 @@ from tokenizer import Tokenizer
 from vision import Pruning, load_image
 
 THUMBNAIL = 320  # pixels, the longer side of the pictures kept for scripts/report.py
-FIGURES = [  # of generate()'s result, repeated in a results line
-    "time_to_first_token_s",
-    "encoder_s",
-    "finish_reason",
-    "n_visual_tokens",
-    "draft_n_visual_tokens",
-    "draft_time_to_first_token_s",
-    "accept_counts",
-    "draft_s",
-    "verify_s",
-    "rest_s",
-]
-FIGURES = [  # of generate()'s result, repeated in a results line
-    "time_to_first_token_s",
-    "encoder_s",
-    "finish_reason",
-    "n_visual_tokens",
-    "draft_n_visual_tokens",
-    "draft_time_to_first_token_s",
-    "accept_counts",
-    "draft_s",
-    "verify_s",
-    "rest_s",
-]
+NOT_FIGURES = {"text", "token_ids", "prompt_token_ids", "tokens_per_s", "mean_accepted"}  # what a line has otherwise
 NOT_SETTINGS = {"output", "resume", "streaming", "score"}  # flags that change nothing in the results
 BANDWIDTH_BYTES = 1 << 29  # more than any cache holds
 
@@ -212,7 +189,7 @@ def figures(result: dict, engine: Engine) -> dict:
     n_bytes = weight_bytes(engine.model) * (n_guessing + n_plain)
     if engine.draft:
         n_bytes += weight_bytes(engine.draft.model) * n_guessing * engine.speculate_k
-    return {name: result[name] for name in FIGURES if name in result} | {
+    return {name: value for name, value in result.items() if name not in NOT_FIGURES} | {
         "prefill_s": result["time_to_first_token_s"] - result["encoder_s"],
         "decode_s": n_decoded / result["tokens_per_s"] if result["tokens_per_s"] else 0.0,
         "n_prompt_tokens": len(result["prompt_token_ids"]),

@@ -225,7 +225,8 @@ def judge_open(answer: str | list[str], parsed: set[str | float]) -> bool:
 def read_responses(path: Path) -> list[dict]:
     """The lines of a file of responses with the official evaluation's fields. Raises ValueError for a bad line.
 
-    Our own results file is one too: its first line, the settings, is skipped, and so are questions that failed.
+    Our own results file is one too: its first line, the settings, is skipped, and so are questions that failed; of
+    several variants the first one counts.
     """
     responses = []
     for i, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
@@ -240,7 +241,7 @@ def read_responses(path: Path) -> list[dict]:
             raise ValueError(f"{path}, line {i}: {error}") from None
     if not responses:
         raise ValueError(f"{path} holds no responses")
-    return responses
+    return [response for response in responses if response.get("variant") == responses[0].get("variant")]
 
 
 def check_response(response: dict) -> None:

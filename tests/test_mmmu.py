@@ -357,10 +357,13 @@ def test_tiny_model_end_to_end(pair, tmp_path, capsys):
     """The real engine, from parquet to --score: made-up weights say nothing sensible, and every reply is judged."""
     pytest.importorskip("pyarrow")
     data, output = bench.write_mmmu(tmp_path / "data"), tmp_path / "out.jsonl"
-    flags = ["--checkpoint_path", pair("qwen2.5-vl").path, "--dtype", "float32", "--max_new_tokens", 4]
+    path = pair("qwen2.5-vl").path
+    flags = ["--checkpoint_path", path, "--dtype", "float32", "--max_new_tokens", 4]
+    flags += ["--draft_checkpoint_path", path, "--compare"]
     status, summary, err = run_mmmu(capsys, *flags, "--data_dir", data, "--output", output)
     assert status == 0 and (summary["total"], summary["failed"]) == (30, 0)
     lines = [json.loads(line) for line in output.read_text().splitlines()[1:]]
+    lines = [line for line in lines if line["variant"] == "target"]
     n_visual = [line["turns"][0]["n_visual_tokens"] for line in lines[:10]]
     assert n_visual == [4 * n for n in (1, 1, 3, 3, 4, 1, 1, 7, 1, 1)], (
         "four rows an image of 56 x 56, as often as cited"
