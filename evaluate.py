@@ -1,7 +1,7 @@
 """The benchmark: questions in, accuracy and speed out, from one command.
 
 Knows what is compared with what, how an answer is timed, and how a run is written down so that it can go on. Does not
-know models (generate.answer() answers), benchmarks (scripts/benchmarks.py) or how figures add up (scripts/results.py).
+know models (generate.answer() answers), benchmarks (scripts/questions.py) or how figures add up (scripts/results.py).
 """
 
 import argparse
@@ -32,7 +32,7 @@ from generate import (
     weight_bytes,
 )
 from scripts import human_eval, mmmu
-from scripts.benchmarks import BENCHMARKS, Benchmark, Question
+from scripts.questions import BENCHMARKS, Benchmark, Question
 from scripts.results import Progress, Results, accuracy, group_accuracy, print_summary, rates, summarize
 from tokenizer import Tokenizer
 from vision import Pruning, load_image

@@ -15,7 +15,7 @@ import pytest
 
 import evaluate
 from scripts import human_eval, results
-from scripts.benchmarks import BENCHMARKS
+from scripts.questions import BENCHMARKS
 from tests import bench
 from vision import Pruning
 
