@@ -170,12 +170,10 @@ def accept(guesses: Tensor, q: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
     return F.pad(guesses, (0, 1)).index_copy(0, n, draw(rest)), n
 
 
-def speculate(
-    engine: Engine, last: int, pending: list[int], k: int, sampling: Sampling, laps: list
-) -> tuple[list, int]:
+def speculate(engine: Engine, pending: list[int], k: int, sampling: Sampling, laps: list) -> tuple[list[int], int]:
     """One step: k guesses of the draft, one look of the target. Up to k + 1 new tokens, and how many were guesses.
 
-    last is not yet in the target's cache, nor pending in the draft's. laps collects times (mark) of draft and target.
+    pending is not yet in the draft's cache, nor its last token in the target's. laps collects times (mark) of the two.
     """
     draft, n_tokens = engine.draft, engine.model.args.n_tokens
     n_common = min(n_tokens, draft.model.args.n_tokens)
@@ -183,7 +181,7 @@ def speculate(
     guesses, rows = decode(draft, pending, k, n_common, sampling)
     laps += [mark(draft.device), mark(engine.device)]
     guesses = guesses.to(engine.device)
-    tokens = torch.cat((torch.tensor([last], device=engine.device), guesses))
+    tokens = torch.cat((torch.tensor(pending[-1:], device=engine.device), guesses))
     input_pos = torch.arange(len(engine.held), len(engine.held) + k + 1, device=engine.device)
     p = probabilities(engine.step(tokens, input_pos), n_tokens, sampling)
     if sampling.temperature == 0:
@@ -268,7 +266,7 @@ def generate(
             pending = ids[len(draft.held) - len(draft_prompt) :]
             k = min(engine.speculate_k, engine.free_slots - 1, draft.free_slots - len(pending) + 1)
         if k > 0:
-            new, n = speculate(engine, ids[-1], pending, k, sampling, laps)
+            new, n = speculate(engine, pending, k, sampling, laps)
             new = cut_at_stop(new[:room], stop_ids)
             counts[min(n, len(new))] += 1
             draft.held += (pending + new[:-1])[: len(pending) + k - 1]
@@ -476,9 +474,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--draft_checkpoint_path", type=Path, help="a smaller model of the same tokenizer that guesses")
     parser.add_argument("--speculate_k", type=number(int, 1), default=5, help="guesses of the draft a step")
     parser.add_argument("--mm_prune_method", choices=["random", "structured"], default="structured")
-    parser.add_argument(
-        "--mm_prune_ratio", type=number(float, 0, 1), default=0.0, help="the part that the draft does not see"
-    )
+    parser.add_argument("--mm_prune_ratio", type=number(float, 0, 1), default=0.0, help="what the draft does not see")
     parser.add_argument("--draft_device", help="default: --device")
     parser.add_argument("--draft_max_cache_size", type=number(int, 1), help="tokens; default: as many as needed")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

@@ -31,21 +31,17 @@ def load_image(source) -> Image.Image:
     Raises ValueError, one line, for what is not a readable image.
     """
     try:
-        with Image.open(source) as image:
-            return to_rgb(image)
+        with Image.open(source) as file:
+            image = ImageOps.exif_transpose(file)
+            if image.has_transparency_data:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            return image.convert("RGB")
     except FileNotFoundError:
         raise ValueError(f"no such image: {source}") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         # PIL raises all of these for files that are broken in one way or another.
         raise ValueError(f"cannot read the image {source}: {error}") from None
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    image = ImageOps.exif_transpose(image)
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    return image.convert("RGB")
 
 
 def to_pixels(image: Image.Image, mean, std) -> Tensor:

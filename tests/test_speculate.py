@@ -291,7 +291,7 @@ def test_whole_step_samples_the_target(monkeypatch):
     target.draft, counts = draft, torch.zeros(VOCABULARY)
     torch.manual_seed(0)
     for _ in range(3000):
-        new, _ = generate.speculate(target, 0, [0], 2, Sampling(1.0), [])
+        new, _ = generate.speculate(target, [0], 2, Sampling(1.0), [])
         counts[new[0]] += 1
     assert chi_square_p(counts, p[0] * 3000) > 0.01
 
