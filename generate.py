@@ -308,10 +308,17 @@ def load(checkpoint_path: Path, device: str, dtype: torch.dtype) -> tuple[Engine
         weights = torch.load(checkpoint_path, mmap=True, weights_only=True, map_location="cpu")
         if args.tie_embeddings:
             weights.setdefault("output.weight", weights["embedding.weight"])
-        weights = {name: tensor.to(device, dtype) for name, tensor in weights.items()}
+        if quantized := "output.scale" in weights:
+            import quantize
+
+            quantize.expect_quantized(model, weights)
+        weights = {name: t.to(device, t.dtype if is_quantized(name, t) else dtype) for name, t in weights.items()}
         parts = nn.ModuleDict({"vision": encoder} if encoder else {})
         parts.load_state_dict({n: weights.pop(n) for n in list(weights) if n.startswith("vision.")}, assign=True)
         model.load_state_dict(weights, assign=True)
+        if quantized:
+            weights.clear()  # a layer's are freed as soon as it is packed
+            quantize.pack(model, dtype)
     except Exception as error:  # what unpickler, zip reader and load_state_dict raise has no common class
         no_room = isinstance(error, (MemoryError, torch.OutOfMemoryError))
         mend = "it needs more memory" if no_room else "convert it (again) with scripts/convert_hf_checkpoint.py"
@@ -319,6 +326,11 @@ def load(checkpoint_path: Path, device: str, dtype: torch.dtype) -> tuple[Engine
     for module in filter(None, (model, encoder)):
         module.requires_grad_(False).eval()
     return Engine(model, encoder, step=model), tokenizer
+
+
+def is_quantized(name: str, tensor: Tensor) -> bool:
+    """Part of a quantized layer, and not to be rounded."""
+    return tensor.element_size() == 1 or name.endswith((".scale", ".zero"))
 
 
 def compile_step(engine: Engine) -> None:

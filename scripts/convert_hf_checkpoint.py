@@ -9,11 +9,9 @@ size of the checkpoint at most and an interrupted conversion leaves no model.pth
 
 import argparse
 import json
-import mmap
-import os
 import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -24,6 +22,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from model import MODELS, ModelArgs, Transformer
+from quantize import write_checkpoint
 from scripts.hf_tokenizer import convert_tokenizer, read_json
 from vision import build_encoder
 
@@ -516,38 +515,6 @@ def build_tensor(name: str, source: Source, files: dict[str, Path], shape: torch
 
 def stored_dtype(source: Source, files: dict[str, Path]) -> torch.dtype:
     return source.dtype or read_tensor(files[source.keys[0]], source.keys[0]).dtype
-
-
-def write_checkpoint(path: Path, shapes: dict[str, tuple], tensors: Iterable[tuple[str, Tensor]]) -> None:
-    """Write a state dict that is never in memory as a whole: first its outline, then tensor after tensor.
-
-    shapes: name -> (shape, dtype). The file appears under its name when it is complete. Raises OSError (disk full).
-    """
-    part = path.with_name(path.name + ".part")
-    try:
-        outline = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in shapes.items()}  # never touched
-        with torch.serialization.skip_data():
-            torch.save(outline, part)
-        reserve_space(part)
-        with torch.serialization.set_default_mmap_options(mmap.MAP_SHARED):
-            mapped = torch.load(part, mmap=True, weights_only=True)
-        for name, tensor in tensors:
-            mapped[name].copy_(tensor)
-        del mapped
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def reserve_space(path: Path) -> None:
-    """A full disk must be an error here, not a bus error in the mapped file."""
-    size = path.stat().st_size
-    try:
-        with open(path, "r+b") as file:
-            if hasattr(os, "posix_fallocate"):  # macOS has none
-                os.posix_fallocate(file.fileno(), 0, size)
-    except OSError as error:
-        raise OSError(f"cannot write {path.parent}, {size / 1e9:.1f} GB are needed: {error.strerror}") from None
 
 
 def check_row(name: str, args: ModelArgs) -> None:

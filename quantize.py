@@ -1,0 +1,490 @@
+"""Small weights: int8, int4 and fp8 linear layers, and a checkpoint rewritten to hold them.
+
+Knows how numbers are rounded, what a quantized checkpoint holds and which kernel multiplies by it on which device. Does
+not know images, requests, or how a checkpoint is loaded and sharded.
+
+A quantized layer is plain tensors whose rows are output features, so that it can be sliced like any other:
+    int8  weight [N, K] int8,            scale [N] float32              w = weight * scale
+    fp8   weight [N, K] float8_e4m3fn,   scale [N] float32              w = weight * scale
+    int4  weight [N, K/2] uint8,         scale, zero [N, G] bfloat16    w = (code - 8) * scale + zero
+and its bias. A byte of int4 holds column 2j in its upper half and 2j + 1 in the lower; a group is K/G columns. pack()
+turns these into what the device's kernel wants. Scales are never rounded: bfloat16 kernels get int4's as they are.
+
+    python quantize.py --checkpoint_path checkpoints/Qwen/Qwen2.5-0.5B/model.pth --mode int4 --groupsize 64
+
+Shapes: N output features, K input features, G groups of a row, S tokens.
+"""
+
+import argparse
+import json
+import mmap
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from functools import cache
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model import ModelArgs, Transformer
+
+MODES = {"int8": torch.int8, "int4": torch.uint8, "fp8": torch.float8_e4m3fn}  # and the dtype of their weights
+LARGEST = {"int8": 127.0, "fp8": 448.0}
+GROUP_SIZES = (32, 64, 128)
+SHRINKS = (1.0, 0.9, 0.8, 0.7)  # of the range of a group; more of them gain less than 1 % of the squared error
+REFITS = 2
+BLOCK = 2**20  # weights that are worked on at a time
+INT8_ROWS = 32  # CUDA's int8 product takes more than 16 rows, in steps of 8
+FP8_ROWS = 16
+
+
+def by_rows(change: Callable[..., tuple], *tensors: Tensor) -> list[Tensor]:
+    """What change makes of the tensors, a block of rows at a time, so that what it needs meanwhile stays small."""
+    n, rows = len(tensors[0]), max(64, BLOCK // tensors[0].shape[1] // 64 * 64)
+    results: list[Tensor] = []
+    for start in range(0, n, rows):
+        parts = change(*(tensor[start : start + rows] for tensor in tensors))
+        results = results or [part.new_empty((n, *part.shape[1:])) for part in parts]
+        for result, part in zip(results, parts):
+            result[start : start + rows] = part
+    return results
+
+
+def quantize_rows(w: Tensor, mode: str) -> tuple[Tensor, Tensor]:
+    """w [N, K] as int8 or fp8, symmetric, a scale a row: weight [N, K], scale [N]."""
+    w = w.float()
+    scale = (w.abs().amax(1) / LARGEST[mode]).clamp(min=torch.finfo(torch.float32).tiny)
+    w = w / scale[:, None]
+    return (w.round() if mode == "int8" else w).to(MODES[mode]), scale
+
+
+def quantize_groups(w: Tensor, group: int, shrinks=SHRINKS, refits: int = REFITS) -> tuple[Tensor, Tensor, Tensor]:
+    """w [N, K] as int4: weight [N, K/2], scale and zero [N, G].
+
+    Scale and zero are those of least squared error among some: the group's range clipped by each of shrinks (the search
+    of Choukroun et al., arXiv 1902.06822, also AWQ's, 2306.00978), each followed by refits times the least squares line
+    through the weights over their codes and new codes for that line (Lloyd's iteration, as in LQ-Nets, 1807.10029).
+    shrinks=(1,), refits=0 is plain rounding between minimum and maximum.
+    """
+    w = w.float().unflatten(1, (-1, group))  # [N, G, g]
+    low, high = w.amin(-1, keepdim=True), w.amax(-1, keepdim=True)  # [N, G, 1], like all that follow but codes
+    best = [torch.full_like(low, float("inf")), low, low]  # squared error, scale, zero
+    for shrink in shrinks:
+        scale = (high - low) * shrink / 15
+        zero = (high + low + scale) / 2  # the codes -8 to 7 lie around -1/2
+        for _ in range(refits + 1):
+            scale, zero = scale.clamp(min=1e-20).bfloat16().float(), zero.bfloat16().float()
+            codes = encode(w, scale, zero)
+            error = (codes * scale + zero - w).square().sum(-1, keepdim=True)
+            better = error < best[0]
+            best = [torch.where(better, new, old) for new, old in zip((error, scale, zero), best)]
+            scale, zero = fit_line(codes, w)
+    _, scale, zero = best
+    codes = (encode(w, scale, zero) + 8).flatten(1).to(torch.uint8)
+    return codes[:, ::2] << 4 | codes[:, 1::2], scale[..., 0].bfloat16(), zero[..., 0].bfloat16()
+
+
+def encode(w: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+    """The nearest of the codes -8 to 7."""
+    return ((w - zero) / scale).round().clamp(-8, 7)
+
+
+def fit_line(codes: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+    """Slope and offset [N, G, 1] of the least squares line through w over codes."""
+    mean_code, mean = codes.mean(-1, keepdim=True), w.mean(-1, keepdim=True)
+    centred = codes - mean_code
+    slope = (centred * w).sum(-1, keepdim=True) / centred.square().sum(-1, keepdim=True).clamp(min=1e-9)
+    return slope, mean - slope * mean_code
+
+
+def unpack_codes(weight: Tensor) -> Tensor:
+    """[N, K] codes 0 to 15 from bytes [N, K/2]."""
+    return torch.stack((weight >> 4, weight & 15), dim=-1).flatten(1)
+
+
+def dequantize(weight: Tensor, scale: Tensor, zero: Tensor | None = None) -> Tensor:
+    """The float32 weights [N, K] that a quantized layer stands for."""
+    if zero is None:
+        return weight.float() * scale[:, None]
+    codes = unpack_codes(weight).float().unflatten(1, (scale.shape[1], -1)) - 8
+    return (codes * scale.float()[..., None] + zero.float()[..., None]).flatten(1)
+
+
+class QuantizedLinear(nn.Module):
+    """What a checkpoint holds of a quantized layer, to be filled, moved, sliced and packed. It computes nothing.
+
+    Slicing columns: those of scale and zero with those of weight, repeated first if a slice cuts a group. The group's
+    size is not stored: it is K/G of what is left.
+    """
+
+    def __init__(self, linear: nn.Linear, mode: str, groups: int):
+        super().__init__()
+        n, k = linear.weight.shape
+        lines = ((n, groups), torch.bfloat16) if mode == "int4" else ((n,), torch.float32)
+        self.weight = empty((n, k // 2 if mode == "int4" else k), MODES[mode])
+        self.scale = empty(*lines)
+        self.zero = empty(*lines) if mode == "int4" else None
+        self.bias = linear.bias
+
+
+def empty(shape: tuple, dtype: torch.dtype) -> nn.Parameter:
+    return frozen(torch.empty(shape, dtype=dtype, device="meta"))
+
+
+def frozen(tensor: Tensor) -> nn.Parameter:
+    return nn.Parameter(tensor, requires_grad=False)
+
+
+def expect_quantized(model: nn.Module, state: dict[str, Tensor]) -> None:
+    """Replace the linear layers that are quantized in state by layers that it can be loaded into.
+
+    state's names are the model's. The mode is read off the weights' dtype.
+    """
+    modes = {dtype: mode for mode, dtype in MODES.items()}
+    for name, linear in linears(model).items():
+        scale, weight = state.get(f"{name}.scale"), state.get(f"{name}.weight")
+        if scale is not None and weight is not None and weight.dtype in modes:
+            layer = QuantizedLinear(linear, modes[weight.dtype], scale.shape[-1])
+            model.set_submodule(name, layer)
+
+
+def linears(model: nn.Module, kind: type = nn.Linear) -> dict[str, nn.Module]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, kind)}
+
+
+def pack(model: nn.Module, dtype: torch.dtype) -> None:
+    """Replace the quantized layers by the fastest that their device has for activations of dtype."""
+    for name, layer in linears(model, QuantizedLinear).items():
+        model.set_submodule(name, pack_layer(layer, dtype))
+
+
+def pack_layer(layer: QuantizedLinear, dtype: torch.dtype) -> nn.Module:
+    """Kernels come and go with the device, its driver, the size and the version of PyTorch: one is tried, on one token.
+
+    Without a kernel the weights are expanded: a layer as large and as fast as one that was never quantized.
+    """
+    for kernel in KERNELS.get((layer.weight.dtype, layer.weight.device.type), ()):
+        try:
+            packed = kernel(layer, dtype)
+            packed(torch.zeros(1, packed.in_features, dtype=dtype, device=layer.weight.device))
+            return packed
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, AttributeError):  # NotImplementedError is a RuntimeError
+            continue
+    linear = nn.Linear(1, 1, device="meta")
+    tensors = (t for t in (layer.weight, layer.scale, layer.zero) if t is not None)
+    (weight,) = by_rows(lambda *block: (dequantize(*block).to(dtype),), *tensors)
+    linear.weight, linear.bias = frozen(weight), layer.bias
+    linear.out_features, linear.in_features = weight.shape
+    return linear
+
+
+def split_int8(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x [S, K] as 16-bit numbers, in two int8 rows each: [2S, K], first the upper halves; and their step [S, 1].
+
+    The product of the rows is exact, so that a token's result does not depend on the tokens beside it, and x is rounded
+    to 2^-16 of its row's range: less than bfloat16 and float16 do to all but the smallest of its values.
+    """
+    step = x.float().abs().amax(-1, keepdim=True).clamp(min=1e-30) / (127 * 256)
+    whole = (x.float() / step).round().to(torch.int32)
+    high = (whole + 128) >> 8
+    return torch.cat((high, whole - (high << 8))).to(torch.int8), step
+
+
+class Int8Cpu(nn.Module):
+    """oneDNN's product of 8-bit integers, with activations of 16 bits: in every dtype, and for several tokens too."""
+
+    def __init__(self, layer: QuantizedLinear, dtype: torch.dtype):
+        super().__init__()
+        if not adds_exactly():
+            raise NotImplementedError
+        self.in_features = layer.weight.shape[1]
+        self.weight = frozen(torch.ops.onednn.qlinear_prepack(layer.weight.data, None))
+        self.scale, self.bias = layer.scale, layer.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows, step = split_int8(x)
+        high, low = onednn_product(rows.view(torch.uint8) ^ 128, self.weight, self.scale).chunk(2)
+        return add_bias((high * 256 + low) * step, self.bias, x.dtype)
+
+
+# An operator of its own, because Inductor takes oneDNN's for constant weights only.
+@torch.library.custom_op("gptfast::onednn_product", mutates_args=())
+def onednn_product(rows: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    """float32 [S, N]: (rows - 128) [S, K] times the packed weight, times scale [N]."""
+    zero = torch.zeros(1, dtype=torch.int64)
+    return torch.ops.onednn.qlinear_pointwise(
+        rows, 1.0, 128, weight, scale, zero, None, 1.0, 0, torch.float32, "none", [], ""
+    )
+
+
+@onednn_product.register_fake
+def _(rows: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    return rows.new_empty((rows.shape[0], scale.shape[0]), dtype=torch.float32)
+
+
+@cache
+def adds_exactly() -> bool:
+    """Without VNNI instructions oneDNN adds two products in 16 bits, which do not hold the largest."""
+    largest = torch.full((16, 64), 127, dtype=torch.int8)
+    rows, ones = torch.full((2, 64), 255, dtype=torch.uint8), torch.ones(16)
+    product = onednn_product(rows, torch.ops.onednn.qlinear_prepack(largest, None), ones)
+    return bool((product == 127 * 127 * 64).all())
+
+
+class Int8Pack(nn.Module):
+    """The CPU's weight-only product, for CPUs without the one above; bfloat16 only, the others are not vectorized."""
+
+    def __init__(self, layer: QuantizedLinear, dtype: torch.dtype):
+        super().__init__()
+        if dtype != torch.bfloat16:
+            raise NotImplementedError
+        self.in_features = layer.weight.shape[1]
+        self.weight, self.scale, self.bias = layer.weight, layer.scale, layer.bias
+        self.ones = frozen(torch.ones_like(layer.scale, dtype=dtype))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return add_bias(torch._weight_int8pack_mm(x, self.weight, self.ones) * self.scale, self.bias, x.dtype)
+
+
+class Int8Cuda(nn.Module):
+    """The tensor cores' product of 8-bit integers, with 16-bit activations; for a token under compile one fused sum."""
+
+    def __init__(self, layer: QuantizedLinear, dtype: torch.dtype):
+        super().__init__()
+        self.in_features = layer.weight.shape[1]
+        self.weight, self.scale, self.bias = layer.weight, layer.scale, layer.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        if len(x) == 1 and torch.compiler.is_compiling():
+            return add_bias((self.weight.float() * x.float()).sum(-1) * self.scale, self.bias, x.dtype)[None]
+        rows, step = split_int8(x)
+        product = torch._int_mm(pad_rows(rows, INT8_ROWS), self.weight.t())[: len(rows)].float()
+        high, low = product.chunk(2)
+        return add_bias((high * 256 + low) * step * self.scale, self.bias, x.dtype)
+
+
+def pad_rows(rows: Tensor, multiple: int) -> Tensor:
+    return F.pad(rows, (0, 0, 0, -len(rows) % multiple))
+
+
+class Int4(nn.Module):
+    """The weight-only products that PyTorch has for bfloat16: tinygemm on CUDA, its sibling on the CPU."""
+
+    def __init__(self, layer: QuantizedLinear, dtype: torch.dtype):
+        super().__init__()
+        if dtype != torch.bfloat16:
+            raise NotImplementedError
+        self.in_features = 2 * layer.weight.shape[1]
+        self.group = self.in_features // layer.scale.shape[1]
+        lines = torch.stack((layer.scale, layer.zero), dim=-1)  # [N, G, 2]
+        self.scale_zero = frozen(lines.transpose(0, 1).contiguous().to(dtype))  # [G, N, 2]
+        self.weight, self.bias = frozen(self.pack(layer.weight.data)), layer.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return add_bias(self.multiply(x, self.weight, self.group, self.scale_zero), self.bias, x.dtype)
+
+
+class Int4Cpu(Int4):
+    multiply = staticmethod(torch.ops.aten._weight_int4pack_mm_for_cpu)
+
+    def pack(self, weight: Tensor) -> Tensor:
+        convert = torch.ops.aten._convert_weight_to_int4pack_for_cpu
+        (packed,) = by_rows(lambda block: (convert(unpack_codes(block).int(), 1),), weight)
+        return packed
+
+
+class Int4Cuda(Int4):
+    multiply = staticmethod(torch.ops.aten._weight_int4pack_mm)
+
+    def pack(self, weight: Tensor) -> Tensor:
+        tiles = next(n for n in (8, 4, 2, 1) if self.in_features % (16 * n) == 0 or n == 1)  # 1: refused, expanded
+        return torch.ops.aten._convert_weight_to_int4pack(weight, tiles)
+
+
+class Fp8Cuda(nn.Module):
+    """The tensor cores' product of fp8 numbers (compute capability 8.9 or more).
+
+    An activation is the sum of two of them: four significant bits each, together as many as bfloat16's.
+    """
+
+    def __init__(self, layer: QuantizedLinear, dtype: torch.dtype):
+        super().__init__()
+        self.in_features = layer.weight.shape[1]
+        self.weight, self.scale, self.bias = layer.weight, layer.scale, layer.bias
+        self.one = frozen(torch.ones((), device=layer.weight.device))
+
+    def forward(self, x: Tensor) -> Tensor:
+        step = x.float().abs().amax(-1, keepdim=True).clamp(min=1e-30) / LARGEST["fp8"]
+        whole = x.float() / step
+        high = whole.to(self.weight.dtype).float()
+        rows = pad_rows(torch.cat((high, (whole - high) * 16)), FP8_ROWS).to(self.weight.dtype)
+        product = torch._scaled_mm(rows, self.weight.t(), self.one, self.one, out_dtype=torch.float32)
+        high, low = product[: 2 * len(x)].chunk(2)
+        return add_bias((high + low / 16) * step * self.scale, self.bias, x.dtype)
+
+
+def add_bias(y: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    return (y if bias is None else y + bias).to(dtype)
+
+
+KERNELS = {
+    (torch.int8, "cpu"): (Int8Cpu, Int8Pack),
+    (torch.int8, "cuda"): (Int8Cuda,),
+    (torch.uint8, "cpu"): (Int4Cpu,),
+    (torch.uint8, "cuda"): (Int4Cuda,),
+    (torch.float8_e4m3fn, "cuda"): (Fp8Cuda,),
+}
+
+
+def write_checkpoint(path: Path, shapes: dict[str, tuple], tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """Write a state dict that is never in memory as a whole: first its outline, then tensor after tensor.
+
+    shapes: name -> (shape, dtype). The file appears under its name when it is complete. Raises OSError (disk full).
+    """
+    part = path.with_name(path.name + ".part")
+    try:
+        outline = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in shapes.items()}  # never touched
+        with torch.serialization.skip_data():
+            torch.save(outline, part)
+        reserve_space(part)
+        with torch.serialization.set_default_mmap_options(mmap.MAP_SHARED):
+            mapped = torch.load(part, mmap=True, weights_only=True)
+        for name, tensor in tensors:
+            mapped[name].copy_(tensor)
+        del mapped
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def reserve_space(path: Path) -> None:
+    """A full disk must be an error here, not a bus error in the mapped file."""
+    size = path.stat().st_size
+    try:
+        with open(path, "r+b") as file:
+            if hasattr(os, "posix_fallocate"):  # macOS has none
+                os.posix_fallocate(file.fileno(), 0, size)
+    except OSError as error:
+        raise OSError(f"cannot write {path.parent}, {size / 1e9:.1f} GB are needed: {error.strerror}") from None
+
+
+def load_mapped(path: Path) -> dict[str, Tensor]:
+    """The tensors stay in the file until they are used, and in memory as long as the mapping lives."""
+    try:
+        return torch.load(path, mmap=True, weights_only=True, map_location="cpu")
+    except FileNotFoundError:
+        raise ValueError(f"no such file: {path}; make it with scripts/convert_hf_checkpoint.py") from None
+    except Exception as error:  # the unpickler and the zip reader share no class of errors
+        raise ValueError(f"cannot read {path} ({str(error).partition(chr(10))[0]}); convert it again") from None
+
+
+def find_linears(path: Path, state: dict[str, Tensor]) -> dict[str, nn.Linear]:
+    """The linear layers of the decoder whose checkpoint this is, by name, without memory."""
+    if any(name.endswith(".scale") for name in state):
+        raise ValueError(f"{path} is quantized already: quantize the original, model.pth")
+    params = path.parent / "params.json"
+    try:
+        args = ModelArgs(**json.loads(params.read_text())["model"])
+        with torch.device("meta"):
+            layers = linears(Transformer(args))
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"cannot read {params} ({error}); convert the checkpoint again") from None
+    for name, linear in layers.items():
+        if getattr(state.get(source_of(name, state)), "shape", None) != linear.weight.shape:
+            raise ValueError(f"{path} is not what its params.json says ({name}); convert the checkpoint again")
+    return layers
+
+
+def source_of(layer: str, state: dict[str, Tensor]) -> str:
+    """Where a layer's weights are: a tied model's output layer is the embedding, which stays as it is beside it."""
+    return "embedding.weight" if layer == "output" and "output.weight" not in state else f"{layer}.weight"
+
+
+def group_for(in_features: int, group: int) -> int:
+    """The largest half, quarter, ... of group that divides in_features."""
+    while in_features % group:
+        group //= 2
+    return group
+
+
+def read_finite(path: Path, name: str) -> Tensor:
+    """A tensor of a checkpoint, mapped anew each time, so that no more than one of them stays in memory."""
+    tensor = load_mapped(path)[name]
+    if not all(block.isfinite().all() for block in tensor.split(2**10)):
+        raise ValueError(f"{name} in {path} holds NaN or infinite numbers: download and convert it again")
+    return tensor
+
+
+def quantize_layer(w: Tensor, mode: str, group: int) -> tuple[list[Tensor], float, float]:
+    """weight, scale and for int4 zero; the squared error, and the sum of the squared weights."""
+    sums = torch.zeros(2, dtype=torch.float64)
+
+    def change(block: Tensor) -> tuple:
+        parts = quantize_groups(block, group) if mode == "int4" else quantize_rows(block, mode)
+        for i, tensor in enumerate((dequantize(*parts) - block.float(), block.float())):
+            sums[i] += tensor.square().sum(dtype=torch.float64)
+        return parts
+
+    return by_rows(change, w), *sums.tolist()
+
+
+def quantize(path: Path, mode: str, group: int) -> tuple[Path, dict[str, float]]:
+    """Write the quantized checkpoint beside the original: its path, and the relative RMS error of each kind of layer.
+
+    Raises ValueError or OSError, one line, for what is wrong with the checkpoint or the disk; then nothing is left.
+    """
+    state = load_mapped(path)
+    layers = find_linears(path, state)
+    groups = {name: group_for(linear.in_features, group) for name, linear in layers.items()}
+    if mode == "int4" and (group not in groups.values() or min(groups.values()) < 2):
+        sizes = sorted({linear.in_features for linear in layers.values()})
+        raise ValueError(f"--groupsize {group} does not divide the layers of {path}: they are {sizes} wide")
+    kept = [name for name in state if name.removesuffix(".weight") not in layers]
+    sources = {name: source_of(name, state) for name in layers}
+    outline = {name: (state[name].shape, state[name].dtype) for name in kept}
+    for name, linear in layers.items():
+        plain = QuantizedLinear(linear, mode, linear.in_features // groups[name])
+        tensors = plain.named_parameters()
+        outline |= {f"{name}.{part}": (t.shape, t.dtype) for part, t in tensors if part != "bias"}
+    del state
+    sums: dict[str, list[float]] = {}  # of a kind of layer: squared error, squared weights
+
+    def tensors_in_turn() -> Iterator[tuple[str, Tensor]]:
+        for name in kept:
+            yield name, read_finite(path, name)
+        for name, source in sources.items():
+            parts, *squares = quantize_layer(read_finite(path, source), mode, groups[name])
+            kind = ".".join(word for word in name.split(".") if not word.isdecimal())
+            sums[kind] = [a + b for a, b in zip(sums.get(kind, (0.0, 0.0)), squares)]
+            yield from zip((f"{name}.weight", f"{name}.scale", f"{name}.zero"), parts)
+
+    suffix = f"{mode}.g{group}" if mode == "int4" else mode
+    result = path.with_name(f"{path.stem}_{suffix}.pth")
+    write_checkpoint(result, outline, tensors_in_turn())
+    return result, {kind: (error / max(square, 1e-300)) ** 0.5 for kind, (error, square) in sums.items()}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """0, or 2 for a mistake of the user's: one line on stderr says what is wrong."""
+    parser = argparse.ArgumentParser(prog="quantize.py", description=__doc__.splitlines()[0])
+    parser.add_argument("--checkpoint_path", type=Path, required=True, help="a converted model.pth")
+    parser.add_argument("--mode", choices=MODES, required=True)
+    parser.add_argument("--groupsize", type=int, choices=GROUP_SIZES, default=128, help="of int4")
+    args = parser.parse_args(argv)
+    try:
+        result, errors = quantize(args.checkpoint_path, args.mode, args.groupsize)
+        before, after = args.checkpoint_path.stat().st_size, result.stat().st_size
+    except (ValueError, OSError) as error:
+        print(f"quantize.py: {error}", file=sys.stderr)
+        return 2
+    print("\n".join(f"{kind:32} relative error {error:.5f} (RMS)" for kind, error in errors.items()))
+    print(f"{before / 1e9:.3f} GB -> {after / 1e9:.3f} GB ({after / before:.2f}): {result}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
