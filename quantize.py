@@ -468,14 +468,19 @@ def quantize(path: Path, mode: str, group: int) -> tuple[Path, dict[str, float]]
     return result, {kind: (error / max(square, 1e-300)) ** 0.5 for kind, (error, square) in sums.items()}
 
 
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise ValueError(f"{message} (--help lists the flags)")
+
+
 def main(argv: list[str] | None = None) -> int:
     """0, or 2 for a mistake of the user's: one line on stderr says what is wrong."""
-    parser = argparse.ArgumentParser(prog="quantize.py", description=__doc__.splitlines()[0])
+    parser = Parser(prog="quantize.py", description=__doc__.splitlines()[0])
     parser.add_argument("--checkpoint_path", type=Path, required=True, help="a converted model.pth")
     parser.add_argument("--mode", choices=MODES, required=True)
     parser.add_argument("--groupsize", type=int, choices=GROUP_SIZES, default=128, help="of int4")
-    args = parser.parse_args(argv)
     try:
+        args = parser.parse_args(argv)
         result, errors = quantize(args.checkpoint_path, args.mode, args.groupsize)
         before, after = args.checkpoint_path.stat().st_size, result.stat().st_size
     except (ValueError, OSError) as error:

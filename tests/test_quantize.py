@@ -1,0 +1,373 @@
+"""Quantized checkpoints and layers: against their dequantized weights, compiled and not, with drafts, and bad input."""
+
+import errno
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import generate
+import quantize
+from model import ModelArgs, Transformer
+from quantize import MODES, QuantizedLinear, dequantize, group_for, pack_layer, quantize_groups, quantize_layer
+from tests.conftest import MAKERS, draw
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA"))]
+DTYPES = {torch.float32: 1e-3, torch.bfloat16: 1e-2, torch.float16: 2e-3}  # and the relative error that each is allowed
+ROOT = Path(__file__).resolve().parent.parent
+PUBLISHED = {  # dim, intermediate_size, n_head, n_kv_head, vocab_size
+    "AMD-Llama-135m": (768, 2048, 12, 12, 32000),
+    "Llama-2-7B": (4096, 11008, 32, 32, 32000),
+    "Llama-2-13B": (5120, 13824, 40, 40, 32000),
+    "Llama-2-70B": (8192, 28672, 64, 8, 32000),
+    "Llama-3-8B": (4096, 14336, 32, 8, 128256),
+    "Llama-3-70B": (8192, 28672, 64, 8, 128256),
+    "Llama-3.1-405B": (16384, 53248, 128, 8, 128256),
+    "Llama-3.2-1B": (2048, 8192, 32, 8, 128256),
+    "Llama-3.2-3B": (3072, 8192, 24, 8, 128256),
+    "Qwen2.5-0.5B": (896, 4864, 14, 2, 151936),
+    "Qwen2.5-1.5B": (1536, 8960, 12, 2, 151936),
+    "Qwen2.5-3B": (2048, 11008, 16, 2, 151936),
+    "Qwen2.5-7B": (3584, 18944, 28, 4, 152064),
+    "Qwen2.5-14B": (5120, 13824, 40, 8, 152064),
+    "Qwen2.5-32B": (5120, 27648, 40, 8, 152064),
+    "Qwen2.5-72B": (8192, 29568, 64, 8, 152064),
+}
+
+
+def make_layer(mode: str, n: int, k: int, group: int = 128, bias: bool = True) -> tuple[QuantizedLinear, nn.Linear]:
+    """A quantized layer, and one with the weights that it stands for."""
+    generator = torch.Generator().manual_seed(n + k)
+    w = torch.randn(n, k, generator=generator) * k**-0.5
+    with torch.device("meta"):
+        layer = QuantizedLinear(nn.Linear(k, n, bias=bias), mode, k // group_for(k, group))
+    parts, *_ = quantize_layer(w, mode, group_for(k, group))
+    state = dict(zip(("weight", "scale", "zero"), parts))
+    if bias:
+        state["bias"] = torch.randn(n, generator=generator)
+    layer.load_state_dict(state, assign=True)
+    reference = nn.Linear(k, n, bias=bias)
+    reference.load_state_dict({"weight": dequantize(*parts)} | ({"bias": state["bias"]} if bias else {}))
+    return layer, reference.requires_grad_(False)
+
+
+def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((found.double() - expected.double()).norm() / expected.double().norm()).item()
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compile"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("device", DEVICES)
+@torch.inference_mode()
+def test_layer(mode, dtype, device, compiled):
+    """Any number of tokens, with sizes and groups that kernels take and that they do not."""
+    torch._dynamo.reset()
+    sizes = [(320, 896, 64, True), (70, 96, 128, False), (256, 256, 128, True), (48, 80, 128, False)]
+    for n, k, group, bias in sizes[: 2 if compiled else 4]:
+        layer, reference = make_layer(mode, n, k, group, bias)
+        if bias:
+            layer.bias = nn.Parameter(layer.bias.to(dtype), requires_grad=False)  # as generate.load does
+        packed = pack_layer(layer.to(device), dtype)
+        run = torch.compile(packed, dynamic=False, fullgraph=True) if compiled else packed
+        for s in (1, 2, 6, 16, 40) if not compiled else (1, 6):
+            x = torch.randn(s, k, generator=torch.Generator().manual_seed(s)).to(dtype)
+            x[0, 3] = 30.0  # an outlier, as activations have
+            y = run(x.to(device))
+            assert y.dtype == dtype and y.shape == (s, n)
+            assert relative(y.cpu(), reference(x.float())) < DTYPES[dtype], (n, k, s)
+
+
+@pytest.mark.parametrize(
+    "mode, dtype, kernel",
+    [
+        ("int8", torch.bfloat16, "Int8Cpu"),
+        ("int8", torch.float32, "Int8Cpu"),
+        ("int4", torch.bfloat16, "Int4Cpu"),
+        ("int4", torch.float32, "Linear"),
+        ("fp8", torch.bfloat16, "Linear"),
+    ],
+)
+def test_kernels_of_the_cpu(mode, dtype, kernel):
+    """Were a kernel refused everywhere, everything would still be right, and slow."""
+    if kernel == "Int8Cpu" and not quantize.adds_exactly():
+        pytest.skip("this CPU has no VNNI instructions")
+    assert type(pack_layer(make_layer(mode, 256, 896)[0], dtype)).__name__ == kernel
+
+
+def test_int8_without_exact_sums(monkeypatch):
+    """What CPUs without VNNI instructions use."""
+    monkeypatch.setattr(quantize, "adds_exactly", lambda: False)
+    layer, reference = make_layer("int8", 256, 896, bias=False)
+    x = torch.randn(6, 896).bfloat16()
+    packed = pack_layer(layer, torch.bfloat16)
+    assert isinstance(packed, quantize.Int8Pack)
+    assert relative(packed(x), reference(x.float())) < 1e-2
+    assert type(pack_layer(layer, torch.float32)) is nn.Linear
+
+
+@torch.inference_mode()
+def test_an_int8_token_does_not_depend_on_its_neighbours():
+    packed = pack_layer(make_layer("int8", 256, 896)[0], torch.float32)
+    if not isinstance(packed, quantize.Int8Cpu):
+        pytest.skip("this CPU has no VNNI instructions")
+    x = torch.randn(8, 896)
+    assert torch.equal(packed(x), torch.cat([packed(row[None]) for row in x]))
+
+
+@pytest.mark.parametrize("group", quantize.GROUP_SIZES)
+def test_search_beats_minimum_and_maximum(group):
+    w = torch.randn(64, 1024, generator=torch.Generator().manual_seed(0))
+    w[:, ::100] *= 3
+    plain = dequantize(*quantize_groups(w, group, shrinks=(1.0,), refits=0))
+    found = dequantize(*quantize_groups(w, group))
+    squared = [(each - w).square().unflatten(1, (-1, group)).sum(-1) for each in (found, plain)]
+    assert (squared[0] <= squared[1]).all(), "of every group"
+    assert squared[0].sum() < 0.9 * squared[1].sum()
+
+
+def test_odd_weights():
+    """Rows of zeros, constant groups, tiny and huge numbers."""
+    w = torch.zeros(5, 128)
+    w[1], w[2], w[3], w[4] = 0.7, 1e-12, 1e4, torch.linspace(-3, 5, 128)
+    for mode in MODES:
+        parts, *_ = quantize_layer(w, mode, 64)
+        found = dequantize(*parts)
+        assert found[0].abs().max() == 0 and relative(found, w) < 0.05
+        assert all(part.float().isfinite().all() for part in parts)
+
+
+def test_slices():
+    """What tensor parallelism does: rows, and columns, also where a slice cuts a group."""
+    for mode in MODES:
+        layer, reference = make_layer(mode, 64, 384, bias=False)
+        tensors = [t.data for t in (layer.weight, layer.scale, layer.zero) if t is not None]
+        assert torch.equal(dequantize(*(t[16:32] for t in tensors)), reference.weight[16:32])
+        if layer.zero is not None:  # 3 groups of 128, 2 slices: 6 groups of 64
+            tensors[1:] = [t.repeat_interleave(2, 1) for t in tensors[1:]]
+        columns = [t.chunk(2, 1)[1] if t.ndim == 2 else t for t in tensors]
+        assert torch.equal(dequantize(*columns), reference.weight[:, 192:])
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_sizes(name):
+    """Groups of 128 divide them all, and the quantized layers are as small as they should be."""
+    dim, hidden, n_head, n_kv_head, vocab = PUBLISHED[name]
+    numbers = {"head_dim": dim // n_head, "intermediate_size": hidden, "vocab_size": vocab, "n_tokens": vocab}
+    with torch.device("meta"):
+        model = Transformer(ModelArgs(dim=dim, n_layer=1, n_head=n_head, n_kv_head=n_kv_head, **numbers))
+        for mode, most in {"int8": 0.53, "int4": 0.28, "fp8": 0.53}.items():
+            before = after = 0
+            for layer in quantize.linears(model).values():
+                assert group_for(layer.in_features, 128) == 128
+                small = QuantizedLinear(layer, mode, layer.in_features // 128)
+                before += 2 * layer.weight.numel()
+                after += sum(p.nbytes for p in small.parameters())
+            assert after <= most * before
+
+
+@pytest.fixture(scope="module")
+def quantized(pair, tmp_path_factory):
+    """The path of a family's quantized checkpoint. Called with a family and a mode."""
+    made = {}
+
+    def get(family: str, mode: str) -> Path:
+        if (family, mode) not in made:
+            folder = tmp_path_factory.mktemp("quantized") / "model"
+            shutil.copytree(pair(family).folder, folder)
+            flags = ["--checkpoint_path", str(folder / "model.pth"), "--mode", mode, "--groupsize", "32"]
+            assert quantize.main(flags) == 0
+            made[family, mode] = folder / ("model_int4.g32.pth" if mode == "int4" else f"model_{mode}.pth")
+        return made[family, mode]
+
+    return get
+
+
+@torch.inference_mode()
+def logits_of(engine, tokenizer) -> torch.Tensor:
+    """Of a prompt, and of tokens after it, one and several."""
+    images = [draw(200, 150)] if engine.encoder else []
+    parts = [{"type": "image"}] * len(images) + [{"type": "text", "text": "How many circles?"}]
+    prompt = engine.prompt(tokenizer.encode_chat([{"role": "user", "content": parts}]), images)
+    engine.reserve(len(prompt), 32)
+    logits = [engine.model.prefill(prompt)]
+    for start, n in ((0, 1), (1, 6)):
+        input_pos = torch.arange(len(prompt) + start, len(prompt) + start + n, device=engine.device)
+        logits.append(engine.step(prompt.tokens[:n], input_pos).clone())
+    return torch.cat(logits).cpu()
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("family", MAKERS)
+def test_model_equals_dequantized_model(pair, quantized, family, mode):
+    """Quantized, saved, loaded and packed, against the original with rounded weights, in float32."""
+    path = quantized(family, mode)
+    engine, tokenizer = generate.load(path, "cpu", torch.float32)
+    reference, _ = generate.load(pair(family).path, "cpu", torch.float32)
+    names = quantize.linears(reference.model)
+    assert {"output", "layers.0.attention.wqkv", "layers.2.feed_forward.w2"} <= set(names)
+    for linear in names.values():
+        parts, *_ = quantize_layer(linear.weight.data, mode, 32)
+        linear.weight = nn.Parameter(dequantize(*parts), requires_grad=False)
+    expected = logits_of(reference, tokenizer)
+    found = logits_of(engine, tokenizer)
+    assert relative(found, expected) < 1e-3
+    assert relative(found, logits_of(pair(family).engine, tokenizer)) > 1e-3, "quantized weights are in use"
+    again, _ = generate.load(path, "cpu", torch.float32)
+    assert torch.equal(logits_of(again, tokenizer), found)
+    assert torch.equal(engine.model.embedding.weight, pair(family).model.embedding.weight)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("device", DEVICES)
+def test_compiled_equals_eager(quantized, mode, device, dtype):
+    torch._dynamo.reset()
+    logits = []
+    for compiled in (False, True):
+        engine, tokenizer = generate.load(quantized("qwen2", mode), device, dtype)
+        if compiled:
+            generate.compile_step(engine)
+        logits.append(logits_of(engine, tokenizer))
+    assert relative(*logits) < (1e-4 if dtype == torch.float32 else 0.05)
+
+
+PAIRINGS = [(mode, None) for mode in MODES] + [(None, mode) for mode in MODES] + [("int8", "int4"), ("int4", "int8")]
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compile"])
+@pytest.mark.parametrize("target, draft", PAIRINGS)
+def test_drafts(pair, quantized, target, draft, compiled):
+    """Any pairing says what the target alone says."""
+    if compiled and (target, draft) not in [("int8", None), (None, "int8"), ("int4", "int8")]:
+        pytest.skip("three are enough for the slow ones")
+    torch._dynamo.reset()
+    paths = [quantized("qwen2.5-vl", mode) if mode else pair("qwen2.5-vl").path for mode in (target, draft)]
+    (engine, tokenizer), (drafter, _) = (generate.load(path, "cpu", torch.float32) for path in paths)
+    parts = [{"type": "image"}, {"type": "text", "text": "How many circles are there?"}]
+    question = tokenizer.encode_chat([{"role": "user", "content": parts}]), [draw(200, 150)], 24
+    expected = generate.generate(engine, *question)["token_ids"]
+    engine.draft = drafter
+    for each in (engine, drafter):
+        if compiled:
+            generate.compile_step(each)
+    engine.forget()
+    result = generate.generate(engine, *question)
+    assert result["token_ids"] == expected
+    assert result["mean_accepted"] > 0
+
+
+def test_bandwidth_counts_quantized_weights(pair, quantized):
+    whole = generate.weight_bytes(pair("qwen2").model)
+    small = generate.weight_bytes(generate.load(quantized("qwen2", "int8"), "cpu", torch.float32)[0].model)
+    assert 0.25 * whole < small < 0.4 * whole
+
+
+def test_command_prints_errors_and_sizes(quantized, pair, capsys):
+    path = quantized("qwen2", "int8").with_name("model.pth")
+    before = path.read_bytes()
+    assert quantize.main(["--checkpoint_path", str(path), "--mode", "int8"]) == 0
+    out = capsys.readouterr().out
+    for kind in ("layers.attention.wqkv", "layers.attention.wo", "layers.feed_forward.w13", "layers.feed_forward.w2"):
+        assert kind in out
+    assert "output" in out and "GB" in out and "model_int8.pth" in out
+    assert path.read_bytes() == before
+
+
+def test_tied_model_keeps_its_embedding(quantized, pair):
+    state = torch.load(quantized("qwen2.5-tied", "int8"), weights_only=True)
+    original = torch.load(pair("qwen2.5-tied").path, weights_only=True)
+    assert "output.weight" not in original and state["output.weight"].dtype == torch.int8
+    assert torch.equal(state["embedding.weight"], original["embedding.weight"])
+    assert torch.equal(state["layers.0.attention.wqkv.bias"], original["layers.0.attention.wqkv.bias"])
+
+
+def test_vision_encoder_is_left_alone(quantized, pair):
+    state = torch.load(quantized("qwen2.5-vl", "int4"), weights_only=True)
+    original = torch.load(pair("qwen2.5-vl").path, weights_only=True)
+    vision = [name for name in original if name.startswith("vision.")]
+    assert vision and all(torch.equal(state[name], original[name]) for name in vision)
+
+
+def test_memory(tmp_path):
+    """Peak memory beyond PyTorch's own stays below 1.3 times the larger file."""
+    args = {"dim": 1024, "n_layer": 12, "n_head": 16, "n_kv_head": 4, "head_dim": 64, "intermediate_size": 4096}
+    args |= {"vocab_size": 32000, "n_tokens": 32000}
+    with torch.device("meta"):
+        shapes = {name: t.shape for name, t in Transformer(ModelArgs(**args)).state_dict().items()}
+    path = tmp_path / "model.pth"
+    tensors = ((name, torch.randn(shape, dtype=torch.bfloat16)) for name, shape in shapes.items())
+    quantize.write_checkpoint(path, {name: (shape, torch.bfloat16) for name, shape in shapes.items()}, tensors)
+    (tmp_path / "params.json").write_text(json.dumps({"model": args}))
+    code = (
+        "import quantize, resource as r, sys; before = r.getrusage(r.RUSAGE_SELF).ru_maxrss;"
+        "quantize.main(sys.argv[1:]); print(r.getrusage(r.RUSAGE_SELF).ru_maxrss - before)"
+    )
+    for mode in ("int8", "int4"):
+        flags = ["--checkpoint_path", str(path), "--mode", mode]
+        run = subprocess.run([sys.executable, "-c", code, *flags], cwd=ROOT, capture_output=True, text=True, check=True)
+        assert int(run.stdout.splitlines()[-1]) * 1024 < 1.3 * path.stat().st_size
+
+
+def test_bad_input(quantized, tmp_path, capsys, monkeypatch):
+    """One line, exit status 2, the original untouched and nothing half-written."""
+    folder = tmp_path / "model"
+    shutil.copytree(quantized("qwen2", "int8").parent, folder, ignore=shutil.ignore_patterns("model_*"))
+    path = folder / "model.pth"
+
+    def refuses(*expected: str, mode: str = "int8", flags: tuple = (), checkpoint: Path = path) -> None:
+        names, content = sorted(os.listdir(folder)), path.read_bytes()
+        assert quantize.main(["--checkpoint_path", str(checkpoint), "--mode", mode, *flags]) == 2
+        streams = capsys.readouterr()
+        assert streams.out == "" and streams.err.count("\n") == 1 and streams.err.startswith("quantize.py: ")
+        assert all(text in streams.err for text in expected), streams.err
+        assert sorted(os.listdir(folder)) == names and path.read_bytes() == content
+
+    refuses("missing.pth", checkpoint=folder / "missing.pth")
+    refuses("--groupsize 128", "64, 96", mode="int4")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "posix_fallocate", lambda *args: (_ for _ in ()).throw(OSError(errno.ENOSPC, "disk full")))
+        refuses("disk full")
+    shutil.copy(quantized("qwen2", "int8"), folder / "small.pth")
+    refuses("small.pth", "already", checkpoint=folder / "small.pth")
+    (folder / "broken.pth").write_bytes(path.read_bytes()[:5000])
+    refuses("broken.pth", checkpoint=folder / "broken.pth")
+    for bad in (float("nan"), float("inf")):
+        for name in ("layers.1.feed_forward.w2.weight", "embedding.weight", "layers.0.attention.wqkv.bias"):
+            state = torch.load(path, weights_only=True)
+            state[name].view(-1)[7] = bad
+            torch.save(state, folder / "bad.pth")
+            refuses(name, "bad.pth", checkpoint=folder / "bad.pth")
+    params = (folder / "params.json").read_text()
+    for text in ("{", params.replace('"intermediate_size": 96', '"intermediate_size": 128')):
+        (folder / "params.json").write_text(text)
+        refuses("params.json")
+    (folder / "params.json").unlink()
+    refuses("params.json")
+
+
+def test_flags(capsys):
+    mistakes = {"--mode int8": "--checkpoint_path", "--checkpoint_path x --mode int3": "int3"}
+    mistakes["--checkpoint_path x --mode int4 --groupsize 48"] = "48"
+    for flags, expected in mistakes.items():
+        assert quantize.main(flags.split()) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and error.startswith("quantize.py: ") and expected in error
+
+
+def test_damaged_quantized_checkpoint(quantized, tmp_path):
+    """Loading says which tensor does not fit."""
+    path = quantized("qwen2", "int8")
+    folder = tmp_path / "model"
+    shutil.copytree(path.parent, folder)
+    state = torch.load(path, weights_only=True)
+    for name in ("layers.0.attention.wo.weight", "layers.0.attention.wo.scale", "output.weight"):
+        torch.save({key: t for key, t in state.items() if key != name}, folder / path.name)
+        with pytest.raises(ValueError, match=name.removesuffix(".scale")):
+            generate.load(folder / path.name, "cpu", torch.float32)
