@@ -211,9 +211,7 @@ class Int8Cpu(nn.Module):
         return add_bias((high * 256 + low) * step, self.bias, x.dtype)
 
 
-# An operator of its own, because Inductor takes oneDNN's for constant weights only.
-@torch.library.custom_op("gptfast::onednn_product", mutates_args=())
-def onednn_product(rows: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+def multiply(rows: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     """float32 [S, N]: (rows - 128) [S, K] times the packed weight, times scale [N]."""
     zero = torch.zeros(1, dtype=torch.int64)
     return torch.ops.onednn.qlinear_pointwise(
@@ -221,9 +219,15 @@ def onednn_product(rows: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     )
 
 
-@onednn_product.register_fake
-def _(rows: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+def shape_of_product(rows: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     return rows.new_empty((rows.shape[0], scale.shape[0]), dtype=torch.float32)
+
+
+# An operator of its own, because Inductor takes oneDNN's for constant weights only.
+torch.library.define("gptfast::onednn_product", "(Tensor rows, Tensor weight, Tensor scale) -> Tensor")
+torch.library.impl("gptfast::onednn_product", "CompositeExplicitAutograd", multiply)
+torch.library.register_fake("gptfast::onednn_product", shape_of_product)
+onednn_product = torch.ops.gptfast.onednn_product
 
 
 @cache
