@@ -306,13 +306,13 @@ def load(checkpoint_path: Path, device: str, dtype: torch.dtype) -> tuple[Engine
         with torch.device("meta"):
             model, encoder = Transformer(args), build_encoder(args.vision) if args.vision else None
         weights = torch.load(checkpoint_path, mmap=True, weights_only=True, map_location="cpu")
-        if args.tie_embeddings:
-            weights.setdefault("output.weight", weights["embedding.weight"])
         if quantized := "output.scale" in weights:
             import quantize
 
             quantize.expect_quantized(model, weights)
         weights = {name: t.to(device, t.dtype if is_quantized(name, t) else dtype) for name, t in weights.items()}
+        if args.tie_embeddings:
+            weights.setdefault("output.weight", weights["embedding.weight"])
         parts = nn.ModuleDict({"vision": encoder} if encoder else {})
         parts.load_state_dict({n: weights.pop(n) for n in list(weights) if n.startswith("vision.")}, assign=True)
         model.load_state_dict(weights, assign=True)
