@@ -6,6 +6,11 @@ repository's own model: it trains and examines with `transformers` and hands the
     python scripts/train_tiny.py --out_dir OUT                        # train both, examine, convert, ship
     python scripts/train_tiny.py --out_dir OUT --model draft          # only one of them
     python scripts/train_tiny.py --out_dir OUT --evaluate             # examine what OUT holds already
+    torchrun --standalone --nproc_per_node=2 scripts/train_tiny.py --threads 1 --out_dir OUT     # on two cores
+
+What makes minutes on a CPU enough are three auxiliary losses that leave no trace in the checkpoint: visual rows must
+name what they show (naming_loss), and in multiple-choice questions the middle of the decoder must know the answer's
+content and look at the option that holds it (thought_loss).
 
 Letters: B scenes a batch, L tokens a sample, P patches an image, N visual tokens an image (P / 4), D width.
 """
@@ -53,8 +58,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 VOCABULARY = 800  # without the special tokens: enough for every word of the corpus to be one token
 SAMPLE_TOKENS = 208  # L: the image's prefix (about 48) and as many turns as fit
 BATCH = 32  # scenes a step
-HINT_WEIGHT = 0.4  # of the labels within questions, see Sampler.hints
-NAMING_WEIGHT = 0.5  # of naming_loss in the loss
+NAMING_WEIGHT, THOUGHT_WEIGHT = 0.5, 0.5  # of naming_loss and thought_loss in the loss
 REPORT_STEPS = 250
 CONVERSATION_SHARE = 0.15  # of samples whose turns see one another; in the others each turn sees the image only
 PATCH, MERGE, WINDOW = 14, 2, 112  # Qwen2.5-VL's own, in pixels, patches and pixels
@@ -145,6 +149,7 @@ class Batch:
     tokens: Tensor  # [B, L]
     labels: Tensor  # [B, L] the token that comes next where a reply is learned, else -100
     weight: Tensor  # [B, L] of each label in the loss
+    thoughts: Tensor  # [B, L, 3] see Sampler.thoughts, -100 where there are none
     names: Tensor  # [B, N, 4] words for what a visual token shows (red, circle, top, left), -100 where there are none
     turn: Tensor  # [B, L]
     rope_pos: Tensor  # [3, B, L] time, height, width
@@ -161,7 +166,7 @@ class Sampler(torch.utils.data.Dataset):
         self.known: dict[str, list[int]] = {}  # most questions come again and again
         self.first_seed = first_seed
         self.n_batches = n_batches
-        self.training = training  # hints within questions, and some samples whose turns see one another
+        self.training = training  # with some samples whose turns see one another
         self.part = part  # of each batch's scenes
 
     def __len__(self) -> int:
@@ -173,10 +178,12 @@ class Sampler(torch.utils.data.Dataset):
         width, height = scenes[0].image.size
         grid = (height // PATCH, width // PATCH)
         samples = [self.sample(scene, Random(f"turns {seed}"), grid) for scene, seed in zip(scenes, seeds)]
-        tokens, labels, weight, turn, rope_pos = (torch.from_numpy(np.stack(arrays)) for arrays in zip(*samples))
+        tokens, labels, weight, thoughts, turn, rope_pos = (
+            torch.from_numpy(np.stack(arrays)) for arrays in zip(*samples)
+        )
         pixels = torch.from_numpy(np.stack([patches(scene) for scene in scenes]))
         names = torch.tensor([[self.name_cell(scene, cell) for cell in cells(grid)] for scene in scenes])
-        return Batch(pixels, tokens, labels, weight, names, turn, rope_pos.movedim(2, 0), grid)
+        return Batch(pixels, tokens, labels, weight, thoughts, names, turn, rope_pos.movedim(2, 0), grid)
 
     def sample(self, scene: Scene, rng: Random, grid: tuple[int, int]):
         """Packs the caption and questions in random order behind one image, as many as fit into L tokens."""
@@ -184,14 +191,15 @@ class Sampler(torch.utils.data.Dataset):
         asked = asked_about(scene, rng)
         conversation = self.training and rng.random() < CONVERSATION_SHARE
         tokens, labels, turn = list(prefix), [-100] * len(prefix), [0] * len(prefix)
-        weight, positions = [0.0] * len(prefix), []
-        for prompt, reply, asked_for in asked:
+        weight, thoughts, positions = [0.0] * len(prefix), [[-100] * 3] * len(prefix), []
+        for prompt, reply, content in asked:
             question, answer = self.turn_tokens(prompt, reply, opens=not (conversation and positions))
             if len(tokens) + len(question) + len(answer) > SAMPLE_TOKENS:
                 continue
             n = len(question) + len(answer)
-            labels += self.hints(question, asked_for) + answer + [-100]
-            weight += [HINT_WEIGHT] * (len(question) - 1) + [reply_weight(reply, len(answer))] * (len(answer) + 1)
+            labels += [-100] * (len(question) - 1) + answer + [-100]
+            weight += [reply_weight(reply, len(answer))] * n
+            thoughts += self.thoughts(question, reply, content, len(thoughts)) + [[-100] * 3] * len(answer)
             tokens += question + answer
             turn += [1 if conversation else turn[-1] + 1] * n
             start = len(positions) if conversation else 0
@@ -200,27 +208,29 @@ class Sampler(torch.utils.data.Dataset):
         tokens += [self.tokenizer.token_to_id("<|endoftext|>")] * padding
         labels += [-100] * padding
         weight += [0.0] * padding
+        thoughts += [[-100] * 3] * padding
         turn += [turn[-1] + 1] * padding
         positions += [0] * padding
         text_pos = rope_pos[-1, 0] + 1 + np.array(positions)
         rope_pos = np.concatenate([rope_pos, np.repeat(text_pos[:, None], 3, axis=1)])  # [L, 3]
-        return np.array(tokens), np.array(labels), np.array(weight, np.float32), np.array(turn), rope_pos
+        weight = np.array(weight, np.float32)
+        return np.array(tokens), np.array(labels), weight, np.array(thoughts), np.array(turn), rope_pos
 
-    def hints(self, question: list[int], content: str) -> list[int]:
-        """Labels inside a question, for all tokens but its last: what to think of while reading the options.
+    def thoughts(self, question: list[int], reply: str, content: str, start: int) -> list[list[int]]:
+        """What the tokens of a multiple-choice question, the first of them at `start`, should have in mind.
 
-        At the end of the question proper the content of the answer; at the end of each option's line the letter if it
-        is the right one, else the end of text. A lone letter at the end of it all would take hours to be understood.
+        Two tokens to know in front of the decoder's last two layers: at the end of an option its letter, at the end of
+        the question the content of the answer. And a place to look at from there, in the layer that follows: the end
+        of the option with that content. Left alone, the choice is still a guess when all open questions are learned.
         """
-        labels = [-100] * (len(question) - 1)
-        starts = [question.index(mark) for mark in map(self.encode_one, LINE_STARTS) if mark in question]
-        if not self.training or len(starts) < 3:  # no options, therefore no lines
-            return labels
-        labels[starts[0] - 1] = self.encode(content)[0]
-        for letter, start, end in zip("ABCD", starts, starts[1:]):
-            right = question[start + 2 : end - 1] == self.encode(f" {content}")
-            labels[end - 1] = self.encode_one(letter if right else "<|endoftext|>")
-        return labels
+        thoughts = [[-100] * 3 for _ in question]
+        marks = [question.index(mark) for mark in map(self.encode_one, LINE_STARTS) if mark in question]
+        for letter, end in zip("ABCD", marks[1:]):
+            thoughts[end - 2][0] = self.encode_one(letter)
+            if letter == reply:
+                known = [token for token in self.encode(f" {content}") if token != self.encode_one(" ")][:2]
+                thoughts[-1] = known + [-100] * (2 - len(known)) + [start + end - 2]
+        return thoughts
 
     def encode_one(self, text: str) -> int:
         """The id of a text that is one token. Raises ValueError if it is not."""
@@ -338,14 +348,18 @@ def attend_tokens(module, query, key, value, mask, scaling, **_):
     """The decoder's attention [B, heads, L, head_dim], written out for the same reason; registered by name."""
     key, value = (t.repeat_interleave(module.num_key_value_groups, 1) for t in (key, value))
     scores = (query * scaling) @ key.transpose(-1, -2) + mask
+    module.scores = scores  # thought_loss looks at them
     return (scores.softmax(-1) @ value).transpose(1, 2), None
 
 
 transformers.AttentionInterface.register("written_out", attend_tokens)
 
 
-def reply_logits(model: torch.nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Logits [n, vocabulary] of the n tokens that a batch's labels name, and the visual rows [B, N, D]."""
+def reply_logits(model: torch.nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits [n, vocabulary] of the n tokens that a batch's labels name.
+
+    Also the visual rows [B, N, D] and the states [B, L, D] in front of the decoder's last two layers.
+    """
     rows = encode_images(model.model.visual, batch.pixels, batch.grid)
     embedded = model.get_input_embeddings()(batch.tokens)
     first = batch.tokens[0].tolist().index(model.config.image_token_id)  # the same in every sample of the batch
@@ -354,8 +368,9 @@ def reply_logits(model: torch.nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     seen = seen.tril()[:, None]
     mask = torch.zeros(seen.shape, dtype=embedded.dtype).masked_fill(~seen, float("-inf"))
     decoder = model.model.language_model
-    hidden = decoder(inputs_embeds=embedded, attention_mask=mask, position_ids=batch.rope_pos, use_cache=False)
-    return model.lm_head(hidden.last_hidden_state[batch.labels >= 0]), rows
+    inputs = {"inputs_embeds": embedded, "attention_mask": mask, "position_ids": batch.rope_pos, "use_cache": False}
+    output = decoder(**inputs, output_hidden_states=True)
+    return model.lm_head(output.last_hidden_state[batch.labels >= 0]), rows, output.hidden_states[-3]
 
 
 # ---- families: what to build and how the hub lays it out -----------------------------------------------------------
@@ -369,7 +384,7 @@ def build_qwen2_5_vl(tokenizer: Tokenizer, shape: dict) -> torch.nn.Module:
         tie_word_embeddings=True,
         rms_norm_eps=1e-6,
         max_position_embeddings=2048,
-        rope_theta=100.0,  # images are at most 8 visual tokens wide: larger bases would hardly turn in so short a way
+        rope_theta=10000.0,
         rope_scaling={"type": "mrope", "mrope_section": [4, 6, 6]},
         initializer_range=0.05,
         **ids,
@@ -520,14 +535,14 @@ FAMILIES = {
         "tiny-qwen2.5-vl",
         {
             "target": Recipe(
-                steps=3600,
+                steps=3000,
                 naming_steps=500,
                 learning_rate=5e-3,
                 shape={"text": text_shape(128, 5, 384), "vision": vision_shape(128, 4, 256, [1, 3], 128)},
             ),
             "draft": Recipe(
                 steps=2250,
-                naming_steps=1000,
+                naming_steps=750,
                 learning_rate=5e-3,
                 shape={"text": text_shape(64, 4, 192), "vision": vision_shape(64, 3, 128, [1], 64)},
             ),
@@ -546,6 +561,15 @@ def naming_loss(model: torch.nn.Module, rows: Tensor, names: Tensor) -> Tensor:
     """
     named = names[..., 0] >= 0
     return F.cross_entropy(name_logits(model, rows[named]).float().repeat_interleave(4, 0), names[named].flatten())
+
+
+def thought_loss(model: torch.nn.Module, states: Tensor, thoughts: Tensor) -> Tensor:
+    """Asks states [B, L, D] for what they should know, and the first head of the next layer where it looks."""
+    decoder = model.model.language_model
+    knows, looks = thoughts[..., 0] >= 0, thoughts[..., 2] >= 0
+    logits = model.lm_head(decoder.norm(states[knows])).float().repeat_interleave(2, 0)
+    scores = decoder.layers[-2].self_attn.scores[:, 0][looks].float()  # [n, L]
+    return F.cross_entropy(logits, thoughts[knows][:, :2].flatten()) + F.cross_entropy(scores, thoughts[looks][:, 2])
 
 
 def name_logits(model: torch.nn.Module, rows: Tensor) -> Tensor:
@@ -596,11 +620,12 @@ class Trainer:
         if self.steps < self.recipe.naming_steps:
             rows = encode_images(self.model.model.visual, batch.pixels, batch.grid)
             return naming_loss(self.model, rows, batch.names)
-        logits, rows = reply_logits(self.model, batch)
+        logits, rows, states = reply_logits(self.model, batch)
         known = batch.labels >= 0
         losses = F.cross_entropy(logits.float(), batch.labels[known], reduction="none")
         reply_loss = (losses * batch.weight[known]).sum() / batch.weight[known].sum()
-        return reply_loss + NAMING_WEIGHT * naming_loss(self.model, rows, batch.names)
+        naming = naming_loss(self.model, rows, batch.names)
+        return reply_loss + NAMING_WEIGHT * naming + THOUGHT_WEIGHT * thought_loss(self.model, states, batch.thoughts)
 
     def save(self, path: Path):
         optimizers = [optimizer.state_dict() for optimizer in self.optimizers]
@@ -649,7 +674,7 @@ def validate(model: torch.nn.Module, tokenizer: Tokenizer, n_batches: int = 8) -
         batch = sampler[index]
         known = batch.labels >= 0
         hit = torch.ones_like(known)
-        logits, rows = reply_logits(model, batch)
+        logits, rows, _ = reply_logits(model, batch)
         hit[known] = logits.argmax(-1) == batch.labels[known]
         named = batch.names[..., 0] >= 0
         names, guesses = batch.names[named], name_logits(model, rows[named]).topk(4).indices
@@ -783,7 +808,8 @@ def summarize(trainer: Trainer) -> dict:
         "steps": trainer.steps,
         "scenes": trainer.steps * BATCH,
         "minutes": round(last["minutes"], 1),
-        "threads": torch.get_num_threads(),
+        "processes": processes()[1],
+        "threads_a_process": torch.get_num_threads(),
         "final_loss": last["loss"],
         "versions": {module.__name__: str(module.__version__) for module in (torch, transformers, PIL)},
     }

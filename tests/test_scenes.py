@@ -35,6 +35,14 @@ def test_scenes_come_in_all_kinds_and_sizes():
     assert all(max(size) > 112 for size in SIZES)  # more than one window of the encoder
 
 
+def test_regions_lie_in_the_image_and_say_what_the_caption_says():
+    for scene in SCENES:
+        width, height = scene.image.size
+        for (left, top, right, bottom), words in scene.regions:
+            assert 0 <= left < right <= width and 0 <= top < bottom <= height
+            assert all(word in scene.caption for word in words[:2])
+
+
 def test_captions_have_15_to_40_tokens():
     counts = [count_tokens(scene.caption) for scene in SCENES]
     assert 15 <= min(counts) and max(counts) <= 40
