@@ -315,12 +315,18 @@ def test_half_a_line_is_written_again(run, slow_mmmu, tmp_path):
         assert status == 0 and lasting(summary) == expected and len(read(output)) == 31
 
 
+def heed_interrupts() -> None:
+    """A shell that starts the tests in the background makes them, and their children, deaf to Ctrl-C."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.mark.parametrize("sign, expected", [(signal.SIGKILL, -9), (signal.SIGINT, 130)])
 def test_stopped_program_with_a_real_model(tiny, run, tmp_path, sign, expected):
     """The program itself, stopped when some lines are there; greedy answers are those of an undisturbed run."""
     flags, output = [*tiny(), "--num_questions", 80], tmp_path / "out.jsonl"
     command = [sys.executable, "evaluate.py", "--device", "cpu", *map(str, flags), "--output", str(output)]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "preexec_fn": heed_interrupts}
+    process = subprocess.Popen(command, cwd=ROOT, **pipes)
     while (not output.exists() or output.read_bytes().count(b"\n") < 4) and process.poll() is None:
         time.sleep(0.01)
     process.send_signal(sign)

@@ -349,7 +349,10 @@ def test_program_is_a_program(pair):
     done = subprocess.run([*command, "--prompt", ""], capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 2)
     process = subprocess.Popen(
-        [*command, "--prompt", "20", "--max_new_tokens", "1000"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        [*command, "--prompt", "20", "--max_new_tokens", "1000"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background shell sets it to be ignored
     )
     assert process.stdout.read(1), "the first character comes before the answer is complete"
     process.send_signal(signal.SIGINT)
