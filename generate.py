@@ -25,7 +25,7 @@ from vision import Pruning, build_encoder, build_prompt, load_image
 ROOT = Path(__file__).resolve().parent
 DEFAULT_CHECKPOINT = ROOT / "checkpoints/tiny-qwen2.5-vl/model.pth"
 DEFAULT_DRAFT = ROOT / "checkpoints/tiny-qwen2.5-vl-draft/model.pth"
-DEFAULT_IMAGE = ROOT / "checkpoints/scenes/star-and-two-circles.png"
+DEFAULT_IMAGE = ROOT / "checkpoints/scenes/four-bars.png"
 DEFAULT_PROMPT = "Describe the image."
 CACHE_BUCKET = 512  # slots: cache sizes are multiples of it, so that similar prompts share a compiled step
 CROSS_BUCKET = 6656  # rows: one image of Llama-3.2-Vision has up to 6404

@@ -52,6 +52,14 @@ def test_no_arguments(tmp_path):
 
 
 def test_an_answer_on_the_command_line():
-    flags = ["--image", DEFAULT_IMAGE, "--prompt", "How many circles are there?", "--json", "--device", "cpu"]
+    flags = [
+        "--image",
+        DEFAULT_IMAGE.with_name("four-shapes.png"),
+        "--prompt",
+        "How many circles are there?",
+        "--json",
+        "--device",
+        "cpu",
+    ]
     done = subprocess.run([sys.executable, ROOT / "generate.py", *flags], capture_output=True, text=True)
     assert json.loads(done.stdout)["text"].isdigit()
