@@ -215,6 +215,7 @@ def test_compiled_equals_eager(quantized, mode, device, dtype):
         engine, tokenizer = generate.load(quantized("qwen2", mode), device, dtype)
         if compiled:
             generate.compile_step(engine)
+            generate.compile_prefill(engine)
         logits.append(logits_of(engine, tokenizer))
     assert relative(*logits) < (1e-4 if dtype == torch.float32 else 0.05)
 
