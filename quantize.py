@@ -423,17 +423,30 @@ def read_finite(path: Path, name: str) -> Tensor:
     return tensor
 
 
-def quantize_layer(w: Tensor, mode: str, group: int) -> tuple[list[Tensor], float, float]:
-    """weight, scale and for int4 zero; the squared error, and the sum of the squared weights."""
+def quantize_layer(w: Tensor, mode: str, group: int, **search) -> tuple[list[Tensor], float, float]:
+    """weight, scale and for int4 zero; the squared error, and the sum of the squared weights.
+
+    search: other numbers for quantize_groups.
+    """
     sums = torch.zeros(2, dtype=torch.float64)
 
     def change(block: Tensor) -> tuple:
-        parts = quantize_groups(block, group) if mode == "int4" else quantize_rows(block, mode)
+        parts = quantize_groups(block, group, **search) if mode == "int4" else quantize_rows(block, mode)
         for i, tensor in enumerate((dequantize(*parts) - block.float(), block.float())):
-            sums[i] += tensor.square().sum(dtype=torch.float64)
+            sums[i] += tensor.square().sum(dtype=torch.float64).cpu()
         return parts
 
     return by_rows(change, w), *sums.tolist()
+
+
+def quantize_in_place(model: nn.Module, mode: str, group: int, dtype: torch.dtype, **search) -> None:
+    """Quantize and pack the linear layers of a model that is in memory."""
+    for name, linear in linears(model).items():
+        layer = QuantizedLinear(linear, mode, linear.in_features // group_for(linear.in_features, group))
+        parts, *_ = quantize_layer(linear.weight.data, mode, group_for(linear.in_features, group), **search)
+        state = dict(zip(("weight", "scale", "zero"), parts))
+        layer.load_state_dict(state if linear.bias is None else state | {"bias": linear.bias}, assign=True)
+        model.set_submodule(name, pack_layer(layer, dtype))
 
 
 def quantize(path: Path, mode: str, group: int) -> tuple[Path, dict[str, float]]:

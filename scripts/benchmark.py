@@ -1,6 +1,7 @@
 """How fast a model of the table decodes here, with random weights: no checkpoint is needed.
 
     python scripts/benchmark.py --model Qwen2.5-0.5B --compare transformers
+    python scripts/benchmark.py --model Qwen2.5-0.5B --quantize int8
     python scripts/benchmark.py --model Qwen2.5-VL-7B-Instruct --compile --out benchmarks/h100.json
 
 Knows how to build and time a model of model.MODELS, and the same shapes in transformers. Does not know checkpoints.
@@ -39,6 +40,7 @@ from generate import (
     weight_bytes,
 )
 from model import MODELS, ModelArgs, Transformer
+from quantize import GROUP_SIZES, MODES, quantize_in_place
 from vision import build_encoder
 
 GIB = 2**30
@@ -185,6 +187,8 @@ def run(flags: argparse.Namespace) -> dict:
     result["bandwidth"] = measure_bandwidth(device)
     start = now(device)
     engine = random_engine(args, flags.device, dtype)
+    if flags.quantize:
+        quantize_in_place(engine.model, flags.quantize, flags.groupsize, dtype)
     result["build_s"] = now(device) - start
     if flags.compile:
         compile_step(engine)
@@ -213,6 +217,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--n_layer", type=number(int, 1), help="fewer layers, for what does not fit")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=["bfloat16", "float32", "float16"], default="bfloat16")
+    parser.add_argument("--quantize", choices=MODES, help="the decoder's linear layers")
+    parser.add_argument("--groupsize", type=int, choices=GROUP_SIZES, default=128, help="of int4")
     parser.add_argument("--compile", action="store_true", help="the step, prefill and the encoder")
     parser.add_argument("--prompt_tokens", type=number(int, 1), default=128)
     parser.add_argument("--image_size", type=number(int, 1), default=448, help="pixels a side")

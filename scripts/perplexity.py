@@ -19,7 +19,7 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import generate
-from quantize import QuantizedLinear, by_rows, linears, pack, quantize_groups, quantize_rows
+from quantize import quantize_in_place
 
 FORMATS = "none int8 fp8 int4.g32 int4.g32.minmax int4.g64 int4.g64.minmax int4.g128 int4.g128.minmax"
 MODULES = (
@@ -50,26 +50,6 @@ def read_windows(tokenizer, n_tokens: int) -> list[list[int]]:
     return windows
 
 
-def quantize_in_place(model: nn.Module, kind: str, dtype: torch.dtype) -> None:
-    """kind: int8, fp8, int4.g<group>, int4.g<group>.minmax, or none."""
-    mode, *details = kind.split(".")
-    if mode == "none":
-        return
-    for name, linear in linears(model).items():
-        groups, state = 1, {} if linear.bias is None else {"bias": linear.bias}
-        if mode == "int4":
-            group = int(details[0][1:])
-            groups = linear.in_features // group
-            search = {"shrinks": (1.0,), "refits": 0} if "minmax" in details else {}
-            parts = by_rows(lambda w, group=group, search=search: quantize_groups(w, group, **search), linear.weight)
-        else:
-            parts = by_rows(lambda w: quantize_rows(w, mode), linear.weight)
-        layer = QuantizedLinear(linear, mode, groups)
-        layer.load_state_dict(state | dict(zip(("weight", "scale", "zero"), parts)), assign=True)
-        model.set_submodule(name, layer)
-    pack(model, dtype)
-
-
 @torch.inference_mode()
 def perplexity(model: nn.Module, windows: list[list[int]]) -> float:
     total, input_pos = 0.0, torch.arange(WINDOW, device=model.norm.weight.device)
@@ -94,7 +74,11 @@ def main() -> int:
     for kind in args.formats:
         start = time.perf_counter()
         engine, tokenizer = generate.load(args.checkpoint_path, args.device, dtype)
-        quantize_in_place(engine.model, kind, dtype)
+        mode, *details = kind.split(".")
+        if mode != "none":
+            group = int(details[0][1:]) if details else 128
+            search = {"shrinks": (1.0,), "refits": 0} if "minmax" in details else {}
+            quantize_in_place(engine.model, mode, group, dtype, **search)
         engine.model.setup_caches(WINDOW)
         windows = read_windows(tokenizer, args.n_tokens)
         found = perplexity(engine.model, windows)

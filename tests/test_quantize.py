@@ -215,6 +215,7 @@ def test_compiled_equals_eager(quantized, mode, device, dtype):
         engine, tokenizer = generate.load(quantized("qwen2", mode), device, dtype)
         if compiled:
             generate.compile_step(engine)
+            generate.compile_prefill(engine)
         logits.append(logits_of(engine, tokenizer))
     assert relative(*logits) < (1e-4 if dtype == torch.float32 else 0.05)
 
@@ -248,6 +249,15 @@ def test_bandwidth_counts_quantized_weights(pair, quantized):
     whole = generate.weight_bytes(pair("qwen2").model)
     small = generate.weight_bytes(generate.load(quantized("qwen2", "int8"), "cpu", torch.float32)[0].model)
     assert 0.25 * whole < small < 0.4 * whole
+
+
+def test_in_place_equals_the_file(pair, quantized):
+    """What scripts/perplexity.py and scripts/benchmark.py measure is what is loaded."""
+    for mode in MODES:
+        loaded, tokenizer = generate.load(quantized("qwen2", mode), "cpu", torch.float32)
+        engine, _ = generate.load(pair("qwen2").path, "cpu", torch.float32)
+        quantize.quantize_in_place(engine.model, mode, 32, torch.float32)
+        assert torch.equal(logits_of(engine, tokenizer), logits_of(loaded, tokenizer))
 
 
 def test_command_prints_errors_and_sizes(quantized, pair, capsys):
@@ -302,7 +312,9 @@ def test_memory(tmp_path):
 def test_bad_input(quantized, tmp_path, capsys, monkeypatch):
     """One line, exit status 2, the original untouched and nothing half-written."""
     folder = tmp_path / "model"
-    shutil.copytree(quantized("qwen2", "int8").parent, folder, ignore=shutil.ignore_patterns("model_*"))
+    small = quantized("qwen2", "int8")
+    capsys.readouterr()
+    shutil.copytree(small.parent, folder, ignore=shutil.ignore_patterns("model_*"))
     path = folder / "model.pth"
 
     def refuses(*expected: str, mode: str = "int8", flags: tuple = (), checkpoint: Path = path) -> None:
@@ -318,7 +330,7 @@ def test_bad_input(quantized, tmp_path, capsys, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(os, "posix_fallocate", lambda *args: (_ for _ in ()).throw(OSError(errno.ENOSPC, "disk full")))
         refuses("disk full")
-    shutil.copy(quantized("qwen2", "int8"), folder / "small.pth")
+    shutil.copy(small, folder / "small.pth")
     refuses("small.pth", "already", checkpoint=folder / "small.pth")
     (folder / "broken.pth").write_bytes(path.read_bytes()[:5000])
     refuses("broken.pth", checkpoint=folder / "broken.pth")
