@@ -375,7 +375,8 @@ def run(args: argparse.Namespace, ranks=None) -> int:
     except KeyboardInterrupt:
         log("\ninterrupted; the summary so far:")
         status = 130
-    print_summary(summarize(results.header, results.lines))
+    if not follows:
+        print_summary(summarize(results.header, results.lines))
     return status
 
 

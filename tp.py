@@ -1,8 +1,8 @@
 """Tensor parallelism: one model on several devices, a process (rank) for each, started by torchrun.
 
-Knows which rows and columns of which layer a rank holds, where partial results are added up and gathered, how the ranks
-agree on tokens, and how they end together. Does not know how numbers are quantized, how tokens are drawn, or images: the
-vision encoder and the draft run whole on every rank.
+Knows which rows and columns of which layer a rank holds, where partial results are added up and gathered, how ranks
+agree on tokens, and how they end together. Does not know how numbers are quantized, how tokens are drawn, or images:
+the vision encoder and the draft run whole on every rank.
 
 Attention is split by query heads, the MLP by its inner width, the output layer by tokens (Megatron-LM, arXiv
 1909.08053): two sums of a row a layer, and one exchange at the end. Nothing has to be divisible by the number of ranks.
@@ -136,7 +136,10 @@ def plan(args: ModelArgs, n_groups: int, rank: int, n_ranks: int) -> tuple[Model
 
 def rows_each(args: ModelArgs, n_ranks: int) -> int:
     """W: rows of the output layer a rank, but for the last, which may have fewer."""
-    return -(-args.n_tokens // (n_ranks * VOCAB_UNIT)) * VOCAB_UNIT
+    unit = VOCAB_UNIT
+    while (each := -(-args.n_tokens // (n_ranks * unit)) * unit) * (n_ranks - 1) >= args.n_tokens and unit > 1:
+        unit //= 2  # a vocabulary so small that nothing would be left for the last
+    return each
 
 
 def own_tokens(args: ModelArgs, rank: int, n_ranks: int) -> range:
@@ -239,7 +242,7 @@ def agree(tokens: Tensor) -> Tensor:
 class Ranks:
     """This process among the others: main(ranks=...) gets it, load() makes its part of a model.
 
-    A thread tells the others through a store (torchrun's) that this process lives, and ends it when one of them does not.
+    A thread tells the others through a store (torchrun's) that this process lives, and ends it when another is dead.
     """
 
     def __init__(self, program: str):
