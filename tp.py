@@ -20,6 +20,7 @@ import signal
 import sys
 import threading
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from datetime import timedelta
@@ -31,13 +32,13 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model import ModelArgs, Transformer
+from model import ModelArgs, Prompt, Transformer
 
 UNIT = 64  # the MLP's width is dealt out in stretches of it, or of int4's groups: kernels want multiples of 16 at least
 VOCAB_UNIT = 16
 BEAT_S = 1.0  # how often a rank says that it is alive
 SILENT_S = 20.0  # after which it is taken for dead
-START_S = 60.0  # for all ranks to come
+START_S = 30.0  # for all ranks to come
 FOREVER = timedelta(days=365)  # of a collective: a user may think for long, and a dead rank is noticed by its silence
 
 
@@ -263,6 +264,8 @@ class Ranks:
         host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         torchrun = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
         start = timedelta(seconds=START_S)
+        late = threading.Timer(START_S, self.fail, [f"rank {self.rank} cannot reach {host}:{port}", 2])
+        late.start()  # who answers there may be somebody else, and say nothing
         try:
             serve = self.rank == 0 and not torchrun
             self.store = dist.TCPStore(host, port, self.n_ranks, serve, start, wait_for_workers=False)
@@ -271,6 +274,7 @@ class Ranks:
             self.watch_store = dist.TCPStore(host, port, self.n_ranks, False, start, wait_for_workers=False)
         except (RuntimeError, ValueError) as error:  # RuntimeError: torch.distributed's own
             raise ValueError(f"rank {self.rank} cannot use {host}:{port} ({first_line(error)})") from None
+        late.cancel()
         pipe, wakeup = os.pipe()
         os.set_blocking(wakeup, False)
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -373,7 +377,8 @@ class Ranks:
             args.profile = None  # a file for one
         engine, tokenizer = load(args.checkpoint_path, args.device, getattr(torch, args.dtype), self)
         connect(engine.model, self.rank, self.n_ranks, greedy=args.temperature == 0)
-        engine.agree = agree
+        engine.agree, prompt = agree, engine.prompt
+        engine.prompt = lambda *request: self.check_request(prompt(*request))
         return engine, tokenizer
 
     def read(self, path: Path, args: ModelArgs) -> tuple[ModelArgs, Iterator[tuple[str, Tensor]]]:
@@ -387,6 +392,13 @@ class Ranks:
         if self.n_ranks > n_head:
             raise ValueError(f"{self.n_ranks} ranks, but {path} has {n_head} query heads: start at most as many")
 
+    def check_request(self, prompt: Prompt) -> Prompt:
+        """A rank that could not read its copy of a picture, and went on, would wait forever for the others."""
+        mine = zlib.crc32(str(prompt.key).encode())
+        if int(agree(torch.tensor([mine], device=prompt.tokens.device))) != mine:
+            self.fail(f"rank {self.rank} was asked something else than rank 0")
+        return prompt
+
     def compare(self, args) -> None:
         """Raises ValueError where a rank was given other flags or other files than rank 0."""
         flags = {name: str(value) for name, value in vars(args).items() if name not in ("output", "profile")}
@@ -395,7 +407,7 @@ class Ranks:
         for name, value in self.share(mine).items():
             if mine[name] != value:
                 what = name if name in map(str, paths) else f"--{name}"
-                raise ValueError(f"rank {self.rank} has another {what} than rank 0")
+                raise ValueError(f"{what} is not the same here as on rank 0")
 
     def join(self, device: torch.device) -> None:
         """The process group. Raises ValueError for a rank without a device."""
@@ -406,7 +418,9 @@ class Ranks:
             if device.index is not None:
                 raise ValueError(f"--device {device}: say cuda, each rank takes the GPU of its own number")
             if self.local_rank >= torch.cuda.device_count():
-                raise ValueError(f"{torch.cuda.device_count()} GPUs, and none for rank {self.rank}: start fewer ranks")
+                raise ValueError(
+                    f"no GPU for rank {self.rank}, there are {torch.cuda.device_count()}: start fewer ranks"
+                )
             torch.cuda.set_device(self.local_rank)
             group = torch.device("cuda", self.local_rank)
         prefix = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), self.store)
@@ -456,4 +470,4 @@ def fingerprint(path: Path) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or ["no message"])[0][:200]
+    return (str(error).strip().splitlines() or ["no message"])[0][:120]

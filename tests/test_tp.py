@@ -322,3 +322,145 @@ def test_what_a_token_sends(ranks_say):
             assert greedy["broadcast"] == sampled["broadcast"] == [8]
             assert greedy["all_gather"] == [8]
             assert n_tokens / n <= sampled["all_gather"][0] / 4 < n_tokens / n + tp.VOCAB_UNIT
+
+
+def test_compiled(checkpoint, pictures, tmp_path):
+    """The decode step is one graph, collectives and all (compile_step asks for fullgraph), and says the same."""
+    flags = ["--checkpoint_path", str(checkpoint("smallest")), "--dtype", "float32", "--prompt", "-"]
+    flags += ["--max_new_tokens", "12"]
+    cases = [{"flags": [*flags, *more]} for more in ([], ["--compile", "--compile_prefill"])]
+    cases.append({"flags": [*flags, "--compile", "--temperature", "0.9"]})
+    expected = [rank.answer({"flags": [flag for flag in case["flags"] if "compile" not in flag]}) for case in cases]
+    for results in in_processes(tmp_path, 2, cases):
+        for result, alone in zip(results, expected):
+            assert result["token_ids"] == alone["token_ids"]
+
+
+# ---- starting and ending together ----------------------------------------------------------------------------------
+
+TINY = ROOT / "checkpoints/tiny-qwen2.5-vl"
+LONG = ["--prompt", "300", "--max_new_tokens", "3500", "--checkpoint_path", TINY / "model.pth"]
+
+
+def run_alone(*command, **more) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True, cwd=ROOT, **more)
+
+
+def torchrun(n: int, *command, **more) -> subprocess.CompletedProcess:
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return run_alone(
+        "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}", *command, env=environment, **more
+    )
+
+
+def test_torchrun_prints_once():
+    """Without arguments, as in the README: the tiny pair and its picture; and a conversation of rank 0's stdin."""
+    expected, found = run_alone("generate.py"), torchrun(2, "generate.py")
+    assert found.returncode == 0, found.stderr
+    assert found.stdout == expected.stdout
+    assert [found.stderr.count(word) for word in ("loaded", "prompt 61 tokens", "draft: ")] == [1, 1, 1]
+    said = f"/image {ROOT}/checkpoints/scenes/four-shapes.png\nHow many circles are there?\nAnd now?\n"
+    expected, found = (start("generate.py", "--interactive", input=said) for start in (run_alone, partial(torchrun, 2)))
+    assert (found.returncode, found.stdout) == (0, expected.stdout), found.stderr
+
+
+def test_evaluate(tmp_path):
+    """Rank 0 alone writes and prints; a run that was stopped goes on."""
+    path = tmp_path / "results.jsonl"
+    flags = ["evaluate.py", "--num_questions", "6", "--output", path, "--warmup", "0", "--dtype", "float32"]
+    result = torchrun(2, *flags)
+    assert result.returncode == 0, result.stderr
+    lines = path.read_text().splitlines()
+    assert len(lines) == 7 and len({json.loads(line)["id"] for line in lines[1:]}) == 6
+    assert json.loads(lines[0])["device"].startswith("2 ranks")
+    assert result.stdout.count("decode, tokens/s") == 1 and json.loads(result.stdout.splitlines()[-1])["total"] == 6
+    path.write_text("\n".join(lines[:4]) + "\n")
+    result = torchrun(2, *flags, "--resume")
+    assert result.returncode == 0, result.stderr
+    again = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [line["id"] for line in again[1:]] == [json.loads(line)["id"] for line in lines[1:]]
+    assert [line["response"] for line in again[1:]] == [json.loads(line)["response"] for line in lines[1:]]
+
+
+@pytest.mark.parametrize("dies", [0, 1])
+def test_a_killed_rank_ends_all(dies):
+    """In the middle of an answer, without torchrun, which would end the others too."""
+    processes = start(2, "generate.py", *LONG)
+    assert processes[0].stdout.read(20), "the answer has begun"
+    begin = time.monotonic()
+    processes[dies].send_signal(signal.SIGKILL)
+    statuses, _, err = finish(processes, timeout=30)
+    assert time.monotonic() - begin < 30
+    assert statuses[dies] == -signal.SIGKILL and statuses[1 - dies] == 1
+    assert err.count("generate.py: ") == 1 and "Traceback" not in err
+    assert f"rank {dies} is gone" in err or "another rank is gone" in err
+
+
+def test_a_silent_rank_ends_all():
+    """It lives, and does nothing any more."""
+    processes = start(2, "generate.py", *LONG)
+    assert processes[0].stdout.read(20)
+    processes[1].send_signal(signal.SIGSTOP)
+    begin = time.monotonic()
+    try:
+        assert processes[0].wait(timeout=30) == 1
+    finally:
+        processes[1].kill()
+    assert tp.SILENT_S - 2 < time.monotonic() - begin < 30
+    assert "generate.py: rank 1 does not answer" in finish(processes)[2]
+
+
+def refused(processes: list, *words: str) -> None:
+    """Every rank ends, none with 0; one line says why."""
+    begin = time.monotonic()
+    statuses, out, err = finish(processes, timeout=60)
+    assert all(statuses) and 2 in statuses and out == "", (statuses, err)
+    assert len(err.splitlines()) == 1 and err.startswith("generate.py: "), err
+    assert all(word in err for word in words), err
+    assert time.monotonic() - begin < 60
+
+
+def test_refusals(tmp_path):
+    """Mistakes that all ranks see, and those that one of them sees."""
+    refused(start(5, "generate.py"), "5 ranks", "4 query heads")
+    refused(start(2, "generate.py", "--no_such_flag"), "--no_such_flag")
+    refused(start(2, "generate.py", "--checkpoint_path", "/none/model.pth", "--prompt", "x"), "/none/model.pth")
+    if not torch.cuda.is_available():
+        refused(start(2, "generate.py", "--device", "cuda"), "no GPU for rank")
+    folders = [tmp_path / name for name in ("one", "other")]
+    for folder, source in zip(folders, ("tiny-qwen2.5-vl", "tiny-qwen2.5-vl-draft")):
+        folder.mkdir()
+        (folder / "model").symlink_to(ROOT / "checkpoints" / source)
+    flags = ["--checkpoint_path", "model/model.pth", "--prompt", "x"]
+    refused(start(2, ROOT / "generate.py", *flags, folders=folders), "rank 1", "model/model.pth is not the same")
+    (folders[1] / "model").unlink()
+    refused(start(2, ROOT / "generate.py", *flags, folders=folders), "rank 1", "model/model.pth is not the same")
+
+
+def test_another_request_on_another_rank(tmp_path):
+    """Rank 1 cannot read a picture that rank 0 reads: all end, instead of waiting for one another."""
+    folders = [tmp_path / name for name in ("one", "other")]
+    for folder in folders:
+        folder.mkdir()
+        lines = [{"prompt": "How many circles are there?", "images": [name]} for name in ("a.png", "b.png", "c.png")]
+        (folder / "requests.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        for name in ("a.png", "b.png", "c.png"):
+            (folder / name).symlink_to(ROOT / "checkpoints/scenes/four-shapes.png")
+    (folders[1] / "b.png").unlink()
+    (folders[1] / "c.png").unlink()
+    (folders[1] / "c.png").symlink_to(ROOT / "checkpoints/scenes/four-bars.png")
+    flags = ["--checkpoint_path", TINY / "model.pth", "--requests", "requests.jsonl"]
+    statuses, out, err = finish(start(2, ROOT / "generate.py", *flags, folders=folders), timeout=60)
+    assert all(statuses) and len(out.splitlines()) == 1, (statuses, out)
+    assert err.count("generate.py: ") == 1 and "rank 1 was asked something else" in err
+
+
+def test_port_in_use():
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        processes = start(2, "generate.py", port=listener.getsockname()[1])
+        statuses, out, err = finish(processes, timeout=60)
+    assert statuses == [2, 2] and out == ""
+    assert len(err.splitlines()) == 2, "one line of each, as neither can know that the other has spoken"
+    assert "rank 0 cannot use" in err and "rank 1 cannot reach" in err
