@@ -210,8 +210,8 @@ def test_score_command(tmp_path, capsys):
     assert summary["disciplines"]["Art and Design"]["correct"] == 0
 
 
-# What the official rules say of data/mmmu_example_outputs.jsonl, read off by hand: a letter in brackets counts, "Project
-# A" holds a bare A, no open reply names its number, and three replies name nothing: their guesses are A, A and C.
+# What the official rules make of data/mmmu_example_outputs.jsonl, worked out by hand: a letter in brackets counts,
+# "Project A" holds a bare A, no open reply names its number, three replies name nothing: the guesses are A, A and C.
 RIGHT = {
     "Accounting": [45, 246, 282, 302, 329, 365, 386],
     "Electronics": [14, 76, 86, 107, 168, 190, 210, 232],
