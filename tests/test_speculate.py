@@ -6,6 +6,7 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
@@ -75,6 +76,31 @@ def test_greedy_with_a_draft_is_greedy_without(with_draft, family, draft):
         if draft == "itself" and pruning is None:
             steps, rest = divmod(15, k + 1)
             assert result["accept_counts"][k] >= steps and sum(result["accept_counts"]) == steps + (rest > 0)
+
+
+TRAINED = [
+    path for path in generate.DEFAULT_CHECKPOINT.parent.parent.glob("tiny-*/model.pth") if "draft" not in str(path)
+]
+
+
+@pytest.mark.parametrize("path", TRAINED, ids=[path.parent.name for path in TRAINED])
+def test_greedy_with_a_trained_draft_is_greedy_without(path):
+    """The pairs that ship: guesses are right here in runs of every length, and answers end within them."""
+    engine, tokenizer = generate.load(path, "cpu", torch.float32)
+    draft = generate.load(path.parent.with_name(f"{path.parent.name}-draft") / path.name, "cpu", torch.float32)[0]
+    content = [{"type": "image"}, {"type": "text", "text": "Describe the image."}]
+    question = tokenizer.encode_chat([{"role": "user", "content": content}])
+    images = [Image.open(generate.DEFAULT_IMAGE.with_name("four-shapes.png"))]
+    expected = generate.generate(engine, question, images, 48, tokenizer.stop_ids)["token_ids"]
+    assert expected[-1] in tokenizer.stop_ids
+    engine.draft, runs = draft, set()
+    for pruning, k in itertools.product(PRUNINGS, (1, 2, 5, 8)):
+        draft.pruning, engine.speculate_k = pruning, k
+        engine.forget()
+        result = generate.generate(engine, question, images, 48, tokenizer.stop_ids)
+        assert result["token_ids"] == expected, (pruning, k)
+        runs |= {n for n, count in enumerate(result["accept_counts"]) if count}
+    assert len(runs) > 5, "of the nine lengths that a run of accepted guesses can have"
 
 
 @pytest.mark.parametrize("family", ["qwen2", "qwen2.5-vl"])
