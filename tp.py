@@ -34,8 +34,7 @@ from torch import Tensor, nn
 
 from model import ModelArgs, Prompt, Transformer
 
-UNIT = 64  # the MLP's width is dealt out in stretches of it, or of int4's groups: kernels want multiples of 16 at least
-VOCAB_UNIT = 16
+UNIT = 64  # the MLP's width, or int4's groups of it, and the vocabulary are dealt out in stretches that kernels like
 BEAT_S = 1.0  # how often a rank says that it is alive
 SILENT_S = 20.0  # after which it is taken for dead
 START_S = 30.0  # for all ranks to come
@@ -107,10 +106,11 @@ def coarsen(stretches: list[int], n: int) -> tuple[list[int], int]:
     return [i // step for i in stretches[::step]], n // step
 
 
-def plan(args: ModelArgs, n_groups: int, rank: int, n_ranks: int) -> tuple[ModelArgs, dict[str, tuple]]:
+def plan(args: ModelArgs, n_groups: int, rank: int, n_ranks: int) -> tuple[ModelArgs, dict[str, tuple], range]:
     """What a rank's own Transformer looks like, and where its weights are: layer -> (dim, stretches, out of how many).
 
-    n_groups: of int4, in a row of w2; 1 if there are none. To a rank's model the tokens of the others are unspoken.
+    Last the rows of the output layer; to a rank's model the tokens of the others are unspoken. n_groups: of int4, in a
+    row of w2; 1 if there are none.
     """
     n_head, n_kv_head = args.n_head, args.n_kv_head
     heads = deal_heads(n_head, n_kv_head, n_ranks)[rank]
@@ -121,7 +121,8 @@ def plan(args: ModelArgs, n_groups: int, rank: int, n_ranks: int) -> tuple[Model
         unit //= 2
     n_units = args.intermediate_size // unit
     units = list(share(n_units, rank, n_ranks))
-    own = own_tokens(args, rank, n_ranks)
+    each, rows = rows_each(args, n_ranks), args.vocab_size + args.n_unspoken
+    own = range(args.vocab_size)[rank * each : (rank + 1) * each]
     layers = {
         "attention.wqkv": (0, queries + [n_head + g for g in keys + values], n_head + 2 * n_kv_head),
         "attention.wq": (0, queries, n_head),
@@ -130,30 +131,23 @@ def plan(args: ModelArgs, n_groups: int, rank: int, n_ranks: int) -> tuple[Model
         "feed_forward.w13": (0, units + [n_units + i for i in units], 2 * n_units),
         "feed_forward.w2": (1, *coarsen(units, n_units)),
     }
-    rows = args.vocab_size + args.n_unspoken
     small = dict(n_head=len(queries), n_kv_head=len(kv_heads), intermediate_size=len(units) * unit)
-    return replace(args, **small, vocab_size=len(own), n_unspoken=rows - len(own)), layers
+    return replace(args, **small, vocab_size=len(own), n_unspoken=rows - len(own)), layers, own
 
 
 def rows_each(args: ModelArgs, n_ranks: int) -> int:
-    """W: rows of the output layer a rank, but for the last, which may have fewer."""
-    unit = VOCAB_UNIT
-    while (each := -(-args.n_tokens // (n_ranks * unit)) * unit) * (n_ranks - 1) >= args.n_tokens and unit > 1:
+    """W: rows of the output layer a rank, but for the last, which may have fewer. The same of a rank's own args."""
+    unit, rows = UNIT, args.vocab_size + args.n_unspoken
+    while (each := -(-rows // (n_ranks * unit)) * unit) * (n_ranks - 1) >= args.n_tokens and unit > 1:
         unit //= 2  # a vocabulary so small that nothing would be left for the last
     return each
-
-
-def own_tokens(args: ModelArgs, rank: int, n_ranks: int) -> range:
-    """The tokens whose logits a rank computes; padding rows of the vocabulary belong to none."""
-    each = rows_each(args, n_ranks)
-    return range(args.n_tokens)[rank * each : (rank + 1) * each]
 
 
 def read_shard(path: Path, args: ModelArgs, rank: int, n_ranks: int) -> tuple[ModelArgs, Iterator[tuple[str, Tensor]]]:
     """The arguments of a rank's Transformer, and its tensors, one after the other."""
     whole = open_mapped(path)
     groups = whole.get("layers.0.feed_forward.w2.scale", torch.empty(0)).shape[1:]
-    own, (small, layers) = own_tokens(args, rank, n_ranks), plan(args, *(groups or (1,)), rank, n_ranks)
+    small, layers, own = plan(args, *(groups or (1,)), rank, n_ranks)
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
         for layer, names in groupby(whole, lambda name: name.startswith("layers.") and name.split(".")[1]):
@@ -201,14 +195,15 @@ class Gathered(nn.Module):
     If nothing but the largest is asked for (greedy), each rank sends its largest alone, and the others are -inf.
     """
 
-    def __init__(self, part: nn.Module, args: ModelArgs, rank: int, n_ranks: int, greedy: bool):
+    def __init__(self, part: nn.Module, n_tokens: int, each: int, rank: int, n_ranks: int, greedy: bool):
         super().__init__()
-        self.part, self.greedy, self.n_ranks, self.n_tokens = part, greedy, n_ranks, args.n_tokens
-        self.each, self.first = rows_each(args, n_ranks), rank * rows_each(args, n_ranks)
-        self.missing = self.each - len(own_tokens(args, rank, n_ranks))
+        self.part, self.n_tokens, self.each, self.n_ranks, self.greedy = part, n_tokens, each, n_ranks, greedy
+        self.first = rank * each
+        self.n_own = min(max(0, n_tokens - self.first), each)
 
     def forward(self, x: Tensor) -> Tensor:
-        logits = F.pad(self.part(x), (0, self.missing), value=float("-inf"))  # [S, W]
+        logits = self.part(x)[:, : self.n_own]  # without padding rows
+        logits = F.pad(logits, (0, self.each - self.n_own), value=float("-inf"))  # [S, W]
         if not self.greedy:
             return torch.cat(self.gather(logits), dim=-1)[:, : self.n_tokens]
         value, index = logits.float().max(dim=-1)
@@ -228,7 +223,8 @@ def connect(model: Transformer, rank: int, n_ranks: int, greedy: bool) -> None:
     for layer in model.layers:
         layer.attention.wo = Summed(layer.attention.wo)
         layer.feed_forward.w2 = Summed(layer.feed_forward.w2)
-    model.output = Gathered(model.output, model.args, rank, n_ranks, greedy)
+    each = rows_each(model.args, n_ranks)
+    model.output = Gathered(model.output, model.args.n_tokens, each, rank, n_ranks, greedy)
 
 
 def agree(tokens: Tensor) -> Tensor:
@@ -275,12 +271,13 @@ class Ranks:
         except (RuntimeError, ValueError) as error:  # RuntimeError: torch.distributed's own
             raise ValueError(f"rank {self.rank} cannot use {host}:{port} ({first_line(error)})") from None
         late.cancel()
-        pipe, wakeup = os.pipe()
-        os.set_blocking(wakeup, False)
+        pipe, self.wakeup = os.pipe()
+        os.set_blocking(self.wakeup, False)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: None)  # the thread acts: this one may be waiting for another rank
-        signal.set_wakeup_fd(wakeup, warn_on_full_buffer=False)
-        threading.Thread(target=self.watch, args=(pipe,), daemon=True).start()
+        signal.set_wakeup_fd(self.wakeup, warn_on_full_buffer=False)
+        self.watcher = threading.Thread(target=self.watch, args=(pipe,), daemon=True)
+        self.watcher.start()
 
     def watch(self, pipe: int) -> None:
         """To the end: beat, and see that the others do."""
@@ -288,7 +285,10 @@ class Ranks:
         beats, looked = {rank: (0, start + START_S) for rank in range(self.n_ranks) if rank != self.rank}, start
         while True:
             if select.select([pipe], [], [], BEAT_S)[0]:
-                if os.read(pipe, 1)[0] == signal.SIGINT:
+                number = os.read(pipe, 1)[0]
+                if number == 0:  # from end()
+                    return
+                if number == signal.SIGINT:
                     os._exit(130)
                 self.fail("ended from outside, perhaps because another rank has died")
             try:
@@ -356,6 +356,8 @@ class Ranks:
         elif not together:
             self.fail(f"rank {self.rank}: {sys.stderr.line.removeprefix(self.program + ': ')}", status)
         self.ended = True
+        os.write(self.wakeup, b"\0")
+        self.watcher.join()  # a thread that is in the middle of a call when the interpreter ends is an abort
         if dist.is_initialized():
             dist.destroy_process_group()
         return status

@@ -189,15 +189,15 @@ def test_every_head_and_width_is_dealt_once(name):
         assert [head for dealt in heads for head in dealt] == list(range(args.n_head))
         for n_groups in (1, width // quantize.group_for(width, 128)):
             plans = [tp.plan(args, n_groups, i, n) for i in range(n)]
-            assert sum(small.intermediate_size for small, _ in plans) == width
-            assert sum(small.vocab_size for small, _ in plans) == args.n_tokens
-            for small, layers in plans:
+            assert sum(small.intermediate_size for small, *_ in plans) == width
+            assert [row for *_, rows in plans for row in rows] == list(range(args.vocab_size))
+            for small, layers, _ in plans:
                 queries = layers["attention.wq"][1]
                 assert len(queries) == small.n_head and small.n_head % small.n_kv_head == 0
                 assert small.n_head - len([head for head in queries if head >= 0]) <= group
                 assert small.vocab_size + small.n_unspoken == args.vocab_size + args.n_unspoken
             if n <= 8 and n_groups > 1:
-                assert all(small.intermediate_size % (width // n_groups) == 0 for small, _ in plans)
+                assert all(small.intermediate_size % (width // n_groups) == 0 for small, *_ in plans)
 
 
 # ---- as processes --------------------------------------------------------------------------------------------------
@@ -321,7 +321,7 @@ def test_what_a_token_sends(ranks_say):
             assert greedy["all_reduce"] == sampled["all_reduce"] == [4 * dim] * 2 * n_layer
             assert greedy["broadcast"] == sampled["broadcast"] == [8]
             assert greedy["all_gather"] == [8]
-            assert n_tokens / n <= sampled["all_gather"][0] / 4 < n_tokens / n + tp.VOCAB_UNIT
+            assert n_tokens / n <= sampled["all_gather"][0] / 4 < n_tokens / n + tp.UNIT
 
 
 def test_compiled(checkpoint, pictures, tmp_path):
