@@ -1,14 +1,11 @@
 """One of the processes that test_tp.py starts: answers the cases of a JSON file, and writes down what came out.
 
 python tests/rank.py CASES.json RESULTS: each rank writes RESULTS.<rank>. A case is the flags of generate.py, and
-"image", a picture for the question. "die": a rank that kills itself in the middle of the answer.
+"image", a picture for the question; "traced": the step is one graph, but no kernels are compiled for it.
 """
 
 import json
-import os
-import signal
 import sys
-import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -36,13 +33,9 @@ def answer(case: dict, ranks=None) -> dict:
     tokens, images = encode(tokenizer, case.get("image"))
     torch.manual_seed(args.seed)
     sampling = generate.Sampling(args.temperature, args.top_k)
-    start = time.perf_counter()
-
-    def on_tokens(ids: list[int]) -> None:
-        if ranks and ranks.rank == case.get("die") and time.perf_counter() - start > 1:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    result = generate.generate(engine, tokens, images, args.max_new_tokens, frozenset(), sampling, on_tokens)
+    if case.get("traced"):
+        engine.step = torch.compile(engine.model, backend="aot_eager", fullgraph=True, dynamic=False)
+    result = generate.generate(engine, tokens, images, args.max_new_tokens, sampling=sampling)
     result["logits"] = logits(engine, tokens, images)
     return result | ({"sent": count_bytes(engine)} if ranks else {})
 

@@ -18,7 +18,7 @@ import torch
 import generate
 import quantize
 import tp
-from model import MODELS, ModelArgs
+from model import MODELS, ModelArgs, Transformer
 from scripts.convert_hf_checkpoint import convert
 from tests import hub, rank
 from tests.conftest import MAKERS
@@ -324,15 +324,42 @@ def test_what_a_token_sends(ranks_say):
             assert n_tokens / n <= sampled["all_gather"][0] / 4 < n_tokens / n + tp.UNIT
 
 
-def test_compiled(checkpoint, pictures, tmp_path):
+def test_compiled(checkpoint, tmp_path):
     """The decode step is one graph, collectives and all (compile_step asks for fullgraph), and says the same."""
     flags = ["--checkpoint_path", str(checkpoint("one layer")), "--dtype", "float32", "--prompt", "-"]
     flags += ["--max_new_tokens", "12"]
-    cases = [{"flags": [*flags, "--compile", *more]} for more in (["--compile_prefill"], ["--temperature", "0.9"])]
-    expected = [rank.answer({"flags": [flag for flag in case["flags"] if "compile" not in flag]}) for case in cases]
+    sampled = {"flags": [*flags, "--temperature", "0.9"]}
+    expected = [rank.answer({"flags": flags}), rank.answer(sampled)]
+    cases = [{"flags": [*flags, "--compile"]}, sampled | {"traced": True}]
     for results in in_processes(tmp_path, 2, cases):
         for result, alone in zip(results, expected):
             assert result["token_ids"] == alone["token_ids"]
+
+
+MEASURE = """
+import sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+import tp
+from model import ModelArgs
+peak = lambda: next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
+before = peak()
+kept = dict(tp.read_shard(Path(sys.argv[2]), ModelArgs(**eval(sys.argv[3])), 1, 4)[1])
+print(peak() - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from Linux's /proc")
+def test_memory(tmp_path):
+    """A rank's peak is its part of the layers and the pages of one layer; the tables stay in the file."""
+    shape = dict(dim=768, n_layer=10, n_head=12, n_kv_head=12, head_dim=64, intermediate_size=3072)
+    shape |= dict(vocab_size=32000, n_tokens=32000)
+    state = Transformer(ModelArgs(**shape)).bfloat16().state_dict()
+    torch.save(state, tmp_path / "model.pth")
+    layers = sum(t.nbytes for name, t in state.items() if name.startswith("layers."))
+    found = run_alone("-c", MEASURE, ROOT, tmp_path / "model.pth", shape)
+    n_bytes = int(found.stdout) * 1024
+    assert layers / 4 < n_bytes < layers / 4 + layers / 10 + 2e7, (layers, n_bytes)
 
 
 # ---- starting and ending together ----------------------------------------------------------------------------------
@@ -430,19 +457,21 @@ def refused(processes: list, *words: str) -> None:
 
 def test_refusals(tmp_path):
     """Mistakes that all ranks see, and those that one of them sees."""
-    refused(start(5, "generate.py"), "5 ranks", "4 query heads")
-    refused(start(2, "generate.py", "--no_such_flag"), "--no_such_flag")
-    refused(start(2, "generate.py", "--checkpoint_path", "/none/model.pth", "--prompt", "x"), "/none/model.pth")
-    if not torch.cuda.is_available():
-        refused(start(2, "generate.py", "--device", "cuda"), "no GPU for rank")
-    folders = [tmp_path / name for name in ("one", "other")]
-    for folder, source in zip(folders, ("tiny-qwen2.5-vl", "tiny-qwen2.5-vl-draft")):
+    folders = [tmp_path / name for name in ("one", "other", "empty")]
+    for folder, source in zip(folders, ("tiny-qwen2.5-vl", "tiny-qwen2.5-vl-draft", "none")):
         folder.mkdir()
         (folder / "model").symlink_to(ROOT / "checkpoints" / source)
-    flags = ["--checkpoint_path", "model/model.pth", "--prompt", "x"]
-    refused(start(2, ROOT / "generate.py", *flags, folders=folders), "rank 1", "model/model.pth is not the same")
-    (folders[1] / "model").unlink()
-    refused(start(2, ROOT / "generate.py", *flags, folders=folders), "rank 1", "model/model.pth is not the same")
+    flags = [ROOT / "generate.py", "--checkpoint_path", "model/model.pth", "--prompt", "x"]
+    launched = [  # all at once, as most of it is waiting
+        (start(5, "generate.py"), "5 ranks", "4 query heads"),
+        (start(2, "generate.py", "--checkpoint_path", "/none/model.pth", "--prompt", "x"), "/none/model.pth"),
+        (start(2, *flags, folders=folders), "rank 1", "model/model.pth is not the same"),
+        (start(2, *flags, folders=folders[::2]), "rank 1", "model/model.pth is not the same"),
+    ]
+    if not torch.cuda.is_available():
+        launched.append((start(2, "generate.py", "--device", "cuda"), "no GPU for rank"))
+    for processes, *words in launched:
+        refused(processes, *words)
 
 
 def test_another_request_on_another_rank(tmp_path):
