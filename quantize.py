@@ -352,8 +352,11 @@ def write_checkpoint(path: Path, shapes: dict[str, tuple], tensors: Iterable[tup
     part = path.with_name(path.name + ".part")
     try:
         outline = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in shapes.items()}  # never touched
-        with torch.serialization.skip_data():
-            torch.save(outline, part)
+        try:
+            with torch.serialization.skip_data():
+                torch.save(outline, part)
+        except RuntimeError:  # how the zip writer says that a write failed: not which, nor why
+            raise OSError(f"cannot write {path.parent}: the disk is full, or the folder cannot be written to") from None
         reserve_space(part)
         with torch.serialization.set_default_mmap_options(mmap.MAP_SHARED):
             mapped = torch.load(part, mmap=True, weights_only=True)
