@@ -52,7 +52,8 @@ def test_layer(mode, dtype, device, compiled):
     """Any number of tokens, with sizes and groups that kernels take and that they do not."""
     torch._dynamo.reset()
     sizes = [(320, 896, 64, True), (70, 96, 128, False), (256, 256, 128, True), (48, 80, 128, False)]
-    for n, k, group, bias in sizes[: 2 if compiled else 4]:
+    sizes += [(16, 18944, 128, True), (320, 224, 128, False)]  # the widest of a 7B; a fourth of 896: groups of 32
+    for n, k, group, bias in sizes[: 2 if compiled else None]:
         layer, reference = make_layer(mode, n, k, group, bias)
         if bias:
             layer.bias = nn.Parameter(layer.bias.to(dtype), requires_grad=False)  # as generate.load does
@@ -303,7 +304,7 @@ def test_memory(tmp_path):
         "import quantize, resource as r, sys; before = r.getrusage(r.RUSAGE_SELF).ru_maxrss;"
         "quantize.main(sys.argv[1:]); print(r.getrusage(r.RUSAGE_SELF).ru_maxrss - before)"
     )
-    for mode in ("int8", "int4"):
+    for mode in MODES:
         flags = ["--checkpoint_path", str(path), "--mode", mode]
         run = subprocess.run([sys.executable, "-c", code, *flags], cwd=ROOT, capture_output=True, text=True, check=True)
         assert int(run.stdout.splitlines()[-1]) * 1024 < 1.3 * path.stat().st_size
@@ -346,6 +347,27 @@ def test_bad_input(quantized, tmp_path, capsys, monkeypatch):
         refuses("params.json")
     (folder / "params.json").unlink()
     refuses("params.json")
+
+
+@pytest.mark.parametrize("room", [0, 100, 5000, 40_000, None])
+def test_full_disk(pair, tmp_path, room):
+    """Wherever in the file the disk ends: a process that may not write files beyond `room` bytes."""
+    folder = tmp_path / "model"
+    shutil.copytree(pair("qwen2").folder, folder)
+    before = {file: (folder / file).read_bytes() for file in sorted(os.listdir(folder))}
+    code = (
+        "import quantize, resource as r, sys; room = int(sys.argv.pop()); r.setrlimit(r.RLIMIT_FSIZE, (room, room));"
+        "sys.exit(quantize.main(sys.argv[1:]))"
+    )
+    flags = ["--checkpoint_path", str(folder / "model.pth"), "--mode", "int8", str(10**9 if room is None else room)]
+    done = subprocess.run([sys.executable, "-c", code, *flags], cwd=ROOT, capture_output=True, text=True)
+    if room is None:
+        assert done.returncode == 0 and "model_int8.pth" in os.listdir(folder)
+        assert (folder / "model_int8.pth").stat().st_size > 40_000, "the others are too small for it"
+        return
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.count("\n") == 1 and "cannot write" in done.stderr, done.stderr
+    assert {file: (folder / file).read_bytes() for file in sorted(os.listdir(folder))} == before
 
 
 def test_flags(capsys):
