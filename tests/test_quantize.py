@@ -104,15 +104,24 @@ def test_an_int8_token_does_not_depend_on_its_neighbours():
     assert torch.equal(packed(x), torch.cat([packed(row[None]) for row in x]))
 
 
-@pytest.mark.parametrize("group", quantize.GROUP_SIZES)
-def test_search_beats_minimum_and_maximum(group):
+@pytest.mark.parametrize("group, most", [(32, 0.87), (64, 0.91), (128, 0.93)])
+def test_search_beats_minimum_and_maximum(group, most):
     w = torch.randn(64, 1024, generator=torch.Generator().manual_seed(0))
     w[:, ::100] *= 3
     plain = dequantize(*quantize_groups(w, group, shrinks=(1.0,), refits=0))
     found = dequantize(*quantize_groups(w, group))
     squared = [(each - w).square().unflatten(1, (-1, group)).sum(-1) for each in (found, plain)]
     assert (squared[0] <= squared[1]).all(), "of every group"
-    assert squared[0].sum() < 0.9 * squared[1].sum()
+    assert squared[0].sum() < most * squared[1].sum()
+
+
+def test_search_heeds_large_weights():
+    """The largest of a group is not clipped away, and rounding makes nothing shorter: their sums say what w's say."""
+    w = torch.randn(64, 1024, generator=torch.Generator().manual_seed(0))
+    w[:, ::128] = 6.0
+    found = dequantize(*quantize_groups(w, 128))
+    assert (found[:, ::128] - 6).square().mean() < (found - w).square().mean()
+    assert abs((found * w).sum() / w.square().sum() - 1) < 2e-3
 
 
 def test_odd_weights():
@@ -140,14 +149,14 @@ def test_slices():
 
 @pytest.mark.parametrize("name", MODELS)
 def test_published_sizes(name):
-    """Groups of 128 divide every layer, and the quantized layers are as small as they should be."""
+    """Every group divides every layer, and the quantized layers are as small as they should be."""
     args = ModelArgs.named(name)
     with torch.device("meta"):
         layers = quantize.linears(Transformer(args))
     for mode, most in {"int8": 0.53, "int4": 0.28, "fp8": 0.53}.items():
         before = after = 0
         for layer in layers.values():
-            assert group_for(layer.in_features, 128) == 128
+            assert all(group_for(layer.in_features, group) == group for group in quantize.GROUP_SIZES)
             small = QuantizedLinear(layer, mode, layer.in_features // 128)
             before += layer.weight.numel() * 2
             after += sum(p.numel() * p.element_size() for part, p in small.named_parameters() if part != "bias")
