@@ -66,9 +66,10 @@ def quantize_groups(w: Tensor, group: int, shrinks=SHRINKS, refits: int = REFITS
     Scale and zero are those of least weighted squared error among some: the group's range clipped by each of shrinks
     (the search of Choukroun et al., arXiv 1902.06822, also AWQ's, 2306.00978), each followed by refits times the least
     squares line through the weights over their codes and new codes for that line (Lloyd's iteration, as in LQ-Nets,
-    1807.10029). A weight counts 1 + w^2 / mean(w^2) times, as in llama.cpp's quantization (ggml-quants.c): without, the
-    search clips the few large ones, and perplexity suffers (README, Small weights). In no group is the plain squared
-    error larger than that of shrinks=(1,), refits=0: rounding between minimum and maximum.
+    1807.10029). A weight counts 1 + w^2 / mean(w^2) times: without, the search clips the few large ones, and perplexity
+    suffers (README, Small weights). The idea is that of llama.cpp's k-quants, whose factor is rms(w) + |w|
+    (make_qkx2_quants). In no group is the plain squared error larger than that of shrinks=(1,), refits=0: rounding
+    between minimum and maximum.
     """
     w = w.float().unflatten(1, (-1, group))  # [N, G, g]
     square = w.square()
