@@ -37,7 +37,7 @@ from model import ModelArgs, Prompt, Transformer
 UNIT = 64  # the MLP's width, or int4's groups of it, and the vocabulary are dealt out in stretches that kernels like
 BEAT_S = 1.0  # how often a rank says that it is alive
 SILENT_S = 20.0  # after which it is taken for dead
-START_S = 30.0  # for all ranks to come
+START_S = 25.0  # for all ranks to come
 FOREVER = timedelta(days=365)  # of a collective: a user may think for long, and a dead rank is noticed by its silence
 
 
@@ -271,6 +271,8 @@ class Ranks:
         except (RuntimeError, ValueError) as error:  # RuntimeError: torch.distributed's own
             raise ValueError(f"rank {self.rank} cannot use {host}:{port} ({first_line(error)})") from None
         late.cancel()
+        if self.local_rank < torch.cuda.device_count():
+            torch.cuda.set_device(self.local_rank)  # what "cuda" stands for from here on
         pipe, self.wakeup = os.pipe()
         os.set_blocking(self.wakeup, False)
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -300,7 +302,7 @@ class Ranks:
                 for rank, (beat, until) in beats.items():
                     new = self.count("beat", rank, add=0)
                     if new != beat or slept:
-                        beats[rank] = new, max(until, now + SILENT_S)
+                        beats[rank] = new, now + SILENT_S
                     elif now > until and not self.count("ended", rank, add=0):
                         self.fail(f"rank {rank} {'does not answer' if new else 'has not started'}")
             except RuntimeError:
@@ -423,7 +425,6 @@ class Ranks:
                 raise ValueError(
                     f"no GPU for rank {self.rank}, there are {torch.cuda.device_count()}: start fewer ranks"
                 )
-            torch.cuda.set_device(self.local_rank)
             group = torch.device("cuda", self.local_rank)
         prefix = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), self.store)
         try:
