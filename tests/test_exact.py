@@ -7,7 +7,7 @@ from PIL import Image, ImageOps
 
 from generate import generate, load
 from tests.conftest import draw
-from tests.reference import agree_up_to_near_tie, greedy, in_bfloat16
+from tests.reference import NEAR_TIE, agree_up_to_near_tie, greedy, in_bfloat16
 from vision import build_prompt, load_image
 
 TEXT_FAMILIES = ["qwen2", "qwen2.5-tied", "llama2", "llama3.1", "llama3.2", "llama-head-dim"]
@@ -84,6 +84,30 @@ def test_text_in_bfloat16(pair, family):
     theirs = reference(torch.tensor([tokens])).logits[0]
     ours = engine.model(torch.tensor(tokens), torch.arange(len(tokens)))
     assert (ours - exact).square().mean().sqrt() < 1.2 * (theirs - exact).square().mean().sqrt()
+
+
+@pytest.mark.parametrize("family", VL_FAMILIES)
+@torch.inference_mode()
+def test_image_in_bfloat16(pair, pictures, family):
+    """The reference reads our answers and would have said the same at every place, but for near-ties."""
+    pair = pair(family)
+    engine, _ = load(pair.path, "cpu", torch.bfloat16)
+    reference, image = in_bfloat16(pair.reference), pair.model.args.image_token_id
+    equal = 0
+    for kind in ("wide", "tall", "exif"):
+        picture = load_image(pictures[kind])
+        tokens = [*pair.tokenizer.encode("Look: "), image, *pair.tokenizer.encode("What is it?")]
+        rows = engine.prompt(tokens, [picture]).visual
+        assert rows.dtype == torch.bfloat16 and rows.isfinite().all()
+        answer = generate(engine, tokens, [picture], 24)
+        ids = torch.tensor([answer["prompt_token_ids"] + answer["token_ids"]])
+        inputs = reference_inputs(pair, [reference_picture(pictures[kind])])
+        inputs |= {"input_ids": ids, "mm_token_type_ids": (ids == image).int()}
+        logits = reference(**inputs).logits[0, -25:-1].float()
+        chosen = logits.gather(1, ids[0, -24:, None])[:, 0]
+        assert (logits.amax(1) - chosen <= NEAR_TIE * logits.abs().amax(1)).all()
+        equal += int((logits.argmax(1) == ids[0, -24:]).sum())
+    assert equal > 60, "of 72"
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -1,6 +1,7 @@
 """MMMU by the official rules. Expected values follow from the rules as the authors' eval_utils.py states them."""
 
 import json
+from pathlib import Path
 from random import Random
 
 import pytest
@@ -207,6 +208,31 @@ def test_score_command(tmp_path, capsys):
     assert summary["disciplines"]["Business"] == {"accuracy": 2 / 3, "correct": 2, "total": 3}
     assert summary["subjects"]["Accounting"] == {"accuracy": 0.5, "correct": 1, "total": 2}
     assert summary["disciplines"]["Art and Design"]["correct"] == 0
+
+
+# What the official rules make of data/mmmu_example_outputs.jsonl, worked out by hand: a letter in brackets counts,
+# "Project A" holds a bare A, no open reply names its number, three replies name nothing: the guesses are A, A and C.
+RIGHT = {
+    "Accounting": [45, 246, 282, 302, 329, 365, 386],
+    "Electronics": [14, 76, 86, 107, 168, 190, 210, 232],
+}
+
+
+def test_official_example_outputs(tmp_path, capsys):
+    """BLIP-2's answers that the authors publish beside their evaluation (github MMMU-Benchmark/MMMU, Apache 2.0)."""
+    path = Path(__file__).parent / "data" / "mmmu_example_outputs.jsonl"
+    scored = mmmu.score_responses(mmmu.read_responses(path))
+    right = [response["id"] for response in scored if response["correct"]]
+    assert right == [f"validation_{subject}_{i}" for subject, numbers in RIGHT.items() for i in numbers]
+    assert [response["id"] for response in scored if response.get("guessed")] == [
+        "validation_Accounting_274",
+        "validation_Electronics_216",
+        "validation_Electronics_232",
+    ]
+    assert evaluate.main(["--bench_name", "MMMU", "--score", str(path)]) == 0
+    summary = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (summary["correct"], summary["total"]) == (15, 60)
+    assert summary["subjects"]["Electronics"] == {"accuracy": 8 / 30, "correct": 8, "total": 30}
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,9 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 import generate
 from generate import Sampling, accept, draw
@@ -73,6 +76,31 @@ def test_greedy_with_a_draft_is_greedy_without(with_draft, family, draft):
         if draft == "itself" and pruning is None:
             steps, rest = divmod(15, k + 1)
             assert result["accept_counts"][k] >= steps and sum(result["accept_counts"]) == steps + (rest > 0)
+
+
+TRAINED = [
+    path for path in generate.DEFAULT_CHECKPOINT.parent.parent.glob("tiny-*/model.pth") if "draft" not in str(path)
+]
+
+
+@pytest.mark.parametrize("path", TRAINED, ids=[path.parent.name for path in TRAINED])
+def test_greedy_with_a_trained_draft_is_greedy_without(path):
+    """The pairs that ship: guesses are right here in runs of every length, and answers end within them."""
+    engine, tokenizer = generate.load(path, "cpu", torch.float32)
+    draft = generate.load(path.parent.with_name(f"{path.parent.name}-draft") / path.name, "cpu", torch.float32)[0]
+    content = [{"type": "image"}, {"type": "text", "text": "Describe the image."}]
+    question = tokenizer.encode_chat([{"role": "user", "content": content}])
+    images = [Image.open(generate.DEFAULT_IMAGE.with_name("four-shapes.png"))]
+    expected = generate.generate(engine, question, images, 48, tokenizer.stop_ids)["token_ids"]
+    assert expected[-1] in tokenizer.stop_ids
+    engine.draft, runs = draft, set()
+    for pruning, k in itertools.product(PRUNINGS, (1, 2, 5, 8)):
+        draft.pruning, engine.speculate_k = pruning, k
+        engine.forget()
+        result = generate.generate(engine, question, images, 48, tokenizer.stop_ids)
+        assert result["token_ids"] == expected, (pruning, k)
+        runs |= {n for n, count in enumerate(result["accept_counts"]) if count}
+    assert len(runs) > 5, "of the nine lengths that a run of accepted guesses can have"
 
 
 @pytest.mark.parametrize("family", ["qwen2", "qwen2.5-vl"])
@@ -294,6 +322,73 @@ def test_whole_step_samples_the_target(monkeypatch):
         new, _ = generate.speculate(target, [0], 2, Sampling(1.0), [])
         counts[new[0]] += 1
     assert chi_square_p(counts, p[0] * 3000) > 0.01
+
+
+# ---- two devices --------------------------------------------------------------------------------------------------
+
+
+class StandInDevice(TorchFunctionMode):
+    """A second device for machines that have one: "cpu:1", whose tensors are the CPU's, with a label.
+
+    As with real devices, an operation on tensors of two is an error, and only what is moved changes its place. It says
+    nothing about streams, timing or kernels of a real one.
+    """
+
+    second = torch.device("cpu", 1)
+
+    def __init__(self):
+        super().__init__()
+        self.moves: list[tuple[torch.Size, torch.device]] = []  # the shape of each tensor that changed its device
+
+    def place(self, tensor: torch.Tensor) -> torch.device:
+        return getattr(tensor, "place", torch.device("cpu"))
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        if function == torch.Tensor.device.__get__:
+            return self.place(tensors[0])
+        places = {self.place(tensor) for tensor in tensors if tensor.ndim}
+        assert len(places) < 2, f"{function} of tensors on two devices"
+        target = next((x for x in (kwargs.get("device"), *args) if isinstance(x, torch.device)), None)
+        result = function(*args, **kwargs)
+        if function == torch.Tensor.to and target not in (None, *places):
+            self.moves.append((args[0].shape, target))
+            result = result.clone()  # it may be the same tensor
+        place = target or next(iter(places), torch.device("cpu"))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                tensor.place = place
+        return result
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(0.8, 40)], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("family", VL_FAMILIES)
+def test_draft_on_a_device_of_its_own(with_draft, family, sampling):
+    """The same tokens, and between the devices pass only the guesses and, when sampling, their probabilities."""
+    pair = with_draft(family, f"{family}:other", 3, Pruning("structured", 0.5))
+    question = ask(pair)
+
+    def answer() -> dict:
+        pair.engine.forget()
+        torch.manual_seed(5)
+        return generate.generate(pair.engine, *question, 16, pair.tokenizer.stop_ids, sampling)
+
+    expected = answer()
+    draft, stand_in = pair.engine.draft, StandInDevice()
+    for tensor in itertools.chain(
+        *(module.state_dict(keep_vars=True).values() for module in (draft.model, draft.encoder)),
+        *(module.buffers() for module in (draft.model, draft.encoder)),
+    ):
+        tensor.place = stand_in.second
+    with stand_in:
+        assert (draft.device, pair.engine.device) == (stand_in.second, torch.device("cpu"))
+        result = answer()
+    assert result["token_ids"] == expected["token_ids"] and result["accept_counts"] == expected["accept_counts"]
+    to_target = [shape for shape, device in stand_in.moves if device != stand_in.second]
+    steps = sum(result["accept_counts"])
+    n_tokens = pair.model.args.n_tokens
+    assert to_target == ([(3,)] if sampling.temperature == 0 else [(3,), (3, n_tokens)]) * steps
 
 
 # ---- the command line ----------------------------------------------------------------------------------------------
