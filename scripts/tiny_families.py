@@ -33,6 +33,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 PATCH = 14  # pixels, in all three families
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 HALF = (0.5, 0.5, 0.5)  # SigLIP's mean and std
+SYSTEM = "You are a helpful assistant."  # Qwen's default system prompt
 SPLIT = (  # Qwen2's pattern
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
@@ -317,7 +318,6 @@ class QwenVL(Family):
         "<tool_call> </tool_call> <|fim_prefix|> <|fim_middle|> <|fim_suffix|> <|fim_pad|> <|repo_name|> <|file_sep|>"
     ).split()
     image_token = "<|image_pad|>"
-    system = "You are a helpful assistant."
     model_class = transformers.Qwen2_5_VLForConditionalGeneration
     processor_class = Qwen2VLImageProcessorPil
     merge, window = 2, 112  # Qwen2.5-VL's own, in patches and pixels
@@ -345,8 +345,8 @@ class QwenVL(Family):
     chat_template = (  # as it stands on the hub
         "{% set image_count = namespace(value=0) %}{% set video_count = namespace(value=0) %}"
         "{% for message in messages %}"
-        "{% if loop.first and message['role'] != 'system' %}<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
-        "{% endif %}<|im_start|>{{ message['role'] }}\n"
+        "{% if loop.first and message['role'] != 'system' %}<|im_start|>system\n"
+        "You are a helpful assistant.<|im_end|>\n{% endif %}<|im_start|>{{ message['role'] }}\n"
         "{% if message['content'] is string %}{{ message['content'] }}<|im_end|>\n{% else %}"
         "{% for content in message['content'] %}"
         "{% if content['type'] == 'image' or 'image' in content or 'image_url' in content %}"
@@ -381,7 +381,7 @@ class QwenVL(Family):
 
     def image_prefix(self, tokenizer: Tokenizer, size: Size) -> tuple[list[int], np.ndarray]:
         rows, columns = (n // self.merge for n in self.grid(size))
-        system = f"<|im_start|>system\n{self.system}<|im_end|>\n"
+        system = f"<|im_start|>system\n{SYSTEM}<|im_end|>\n"
         before = tokenizer.encode(system + "<|im_start|>user\n<|vision_start|>").ids
         image = [tokenizer.token_to_id(self.image_token)] * (rows * columns)
         start = len(before)

@@ -53,7 +53,18 @@ from scripts.scenes import (
     held_out_questions,
     make_scene,
 )
-from scripts.tiny_families import FAMILIES, SPLIT, Cell, Family, Recipe, Size, digest, start_decoder, write_json
+from scripts.tiny_families import (
+    FAMILIES,
+    SPLIT,
+    SYSTEM,
+    Cell,
+    Family,
+    Recipe,
+    Size,
+    digest,
+    start_decoder,
+    write_json,
+)
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 VOCABULARY = 800  # without the special tokens: enough for every word of the corpus to be one token
@@ -61,7 +72,6 @@ BATCH = 32  # scenes a step
 NAMING_WEIGHT, THOUGHT_WEIGHT = 0.5, 0.5  # of naming_loss and thought_loss in the loss
 REPORT_STEPS = 250
 CONVERSATION_SHARE = 0.15  # of samples whose turns see one another; in the others each turn sees the image only
-SYSTEM = "You are a helpful assistant."
 LINE_STARTS = ["(A", "(B", "(C", "(D", "Answer"]  # first tokens of the lines of a multiple-choice question
 
 
