@@ -15,11 +15,12 @@ from itertools import product
 from pathlib import Path
 
 import numpy as np
+import sentencepiece
 import torch
 import torch.nn.functional as F
 import transformers
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from tokenizers import AddedToken, Regex, Tokenizer, pre_tokenizers, processors
 from torch import Tensor
 from transformers.image_processing_utils import select_best_resolution
@@ -56,7 +57,7 @@ class Family:
 
     ship_name: str  # of the target's folder under checkpoints/; the draft's ends in -draft
     recipes: dict[str, Recipe]
-    starts_from: str | None = None  # the family whose trained decoder is the beginning of this one's
+    starts_from: str | None = None  # the family whose shipped pair has the decoders that this one begins with
     sample_tokens: int  # L: the image's prefix and as many turns as fit
     special_tokens: list[str]
     image_token: str
@@ -149,30 +150,27 @@ SAME_ROLE = {  # special tokens of Llama-3 and those of Qwen that stand in their
 }
 
 
-def start_decoder(model: torch.nn.Module, tokenizer: Tokenizer, hub_dir: Path) -> set[str]:
-    """Copies a trained Qwen2.5-VL's decoder from its hub folder: text, questions and answers are then known already.
+def start_decoder(model: torch.nn.Module, tokenizer: Tokenizer, checkpoint_dir: Path) -> set[str]:
+    """Copies the decoder of a converted Qwen2.5-VL: text, questions and answers are then known already.
 
     Biases are left out where the model has none. A cross-attention layer, which Qwen lacks, starts with the attention
     of the layer behind it. Returns the names of the weights that came from there.
     """
-    state = {name: w for name, w in load_file(hub_dir / "model.safetensors").items() if name.startswith("model.")}
+    embedding, state = read_decoder(checkpoint_dir)
+    pieces = sentencepiece.SentencePieceProcessor(model_file=str(checkpoint_dir / "tokenizer.model"))
+    theirs = {pieces.id_to_piece(i): i for i in range(min(len(embedding), pieces.get_piece_size()))}
     decoder, prefix = model.model.language_model, "model.language_model."
-    own, started = dict(model.named_parameters()), set()
+    own, started = dict(model.named_parameters()), {prefix + "embed_tokens.weight"}
     self_layers = [i for i, layer in enumerate(decoder.layers) if hasattr(layer, "self_attn")]
-    theirs = Tokenizer.from_file(str(hub_dir / "tokenizer.json"))
     with torch.no_grad():
-        for name, weight in state.items():
-            name = name.removeprefix("model.")
-            if name.startswith("layers."):
-                _, number, rest = name.split(".", 2)
-                name = f"layers.{self_layers[int(number)]}.{rest}"
-            if name != "embed_tokens.weight" and prefix + name in own:
-                own[prefix + name].copy_(weight)
-                started.add(prefix + name)
-        for token, ours in tokenizer.get_vocab(with_added_tokens=True).items():
-            if (known := theirs.token_to_id(SAME_ROLE.get(token, token))) is not None:
-                decoder.embed_tokens.weight[ours] = state["model.embed_tokens.weight"][known].float()
-        started.add(prefix + "embed_tokens.weight")
+        for (number, name), weight in state.items():
+            name = prefix + (name if number is None else f"layers.{self_layers[number]}.{name}")
+            if name in own:
+                own[name].copy_(weight)
+                started.add(name)
+        for token, row in tokenizer.get_vocab(with_added_tokens=True).items():
+            if (known := theirs.get(SAME_ROLE.get(token, token))) is not None:
+                decoder.embed_tokens.weight[row] = embedding[known].float()
         if "lm_head.weight" in own:
             own["lm_head.weight"].copy_(decoder.embed_tokens.weight[: len(own["lm_head.weight"])])
             started.add("lm_head.weight")
@@ -184,8 +182,31 @@ def start_decoder(model: torch.nn.Module, tokenizer: Tokenizer, hub_dir: Path) -
     return started
 
 
-def digest(hub_dir: Path) -> str:
-    return hashlib.sha256((hub_dir / "model.safetensors").read_bytes()).hexdigest()
+def read_decoder(checkpoint_dir: Path) -> tuple[Tensor, dict[tuple[int | None, str], Tensor]]:
+    """The embedding of a converted checkpoint, and (layer, the hub's name there) -> weight of the rest."""
+    args = json.loads((checkpoint_dir / "params.json").read_text())["model"]
+    state = torch.load(checkpoint_dir / "model.pth", weights_only=True)
+    q, kv = (args[name] * args["head_dim"] for name in ("n_head", "n_kv_head"))
+    parts = {
+        "attention.wqkv": (["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"], [q, kv, kv]),
+        "attention.wo": (["self_attn.o_proj"], [args["dim"]]),
+        "feed_forward.w13": (["mlp.gate_proj", "mlp.up_proj"], [args["intermediate_size"]] * 2),
+        "feed_forward.w2": (["mlp.down_proj"], [args["dim"]]),
+        "attention_norm": (["input_layernorm"], [args["dim"]]),
+        "ffn_norm": (["post_attention_layernorm"], [args["dim"]]),
+    }
+    read = {(None, "norm.weight"): state["norm.weight"]}
+    for name, weight in state.items():
+        if name.startswith("layers."):
+            _, number, rest = name.split(".", 2)
+            ours, kind = rest.rsplit(".", 1)
+            names, rows = parts[ours]
+            read |= {(int(number), f"{hub}.{kind}"): part for hub, part in zip(names, weight.split(rows))}
+    return state["embedding.weight"], read
+
+
+def digest(checkpoint_dir: Path) -> str:
+    return hashlib.sha256((checkpoint_dir / "model.pth").read_bytes()).hexdigest()
 
 
 # ---- the hub's files -----------------------------------------------------------------------------------------------
@@ -469,8 +490,8 @@ class LlavaOneVision(Family):
     starts_from = "qwen2_5_vl"
     recipes = {
         "target": Recipe(
-            steps=2250,
-            naming_steps=500,
+            steps=1500,
+            naming_steps=400,
             learning_rate=5e-3,
             shape={"text": text_shape(128, 5, 384), "vision": siglip_shape(128, 4, 384)},
         ),
@@ -653,8 +674,8 @@ class LlamaVision(Family):
     starts_from = "qwen2_5_vl"
     recipes = {
         "target": Recipe(
-            steps=2250,
-            naming_steps=500,
+            steps=1500,
+            naming_steps=400,
             learning_rate=5e-3,
             shape={"text": text_shape(128, 7, 384), "cross": [1, 3], "vision": mllama_shape(128, 4, 1, 384, [1, 3])},
         ),

@@ -5,7 +5,8 @@ architectures (tiny_families.py) nor the repository's own model: it trains and e
 the result to convert_hf_checkpoint.py.
 
     python scripts/train_tiny.py --out_dir OUT                          # Qwen2.5-VL: train both, examine, convert, ship
-    python scripts/train_tiny.py --out_dir OUT --family llava_onevision # starts from the decoders of that pair in OUT
+    python scripts/train_tiny.py --out_dir OUT --family llava_onevision # begins with the decoders of the Qwen pair
+    # in checkpoints/
     python scripts/train_tiny.py --out_dir OUT --family llama3_2_vision # and so does this one
     python scripts/train_tiny.py --out_dir OUT --model draft            # only one of a pair
     python scripts/train_tiny.py --out_dir OUT --evaluate               # examine what OUT holds already
@@ -417,7 +418,7 @@ def validate(family: Family, model: torch.nn.Module, tokenizer: Tokenizer, n_bat
 def train(family: Family, recipe: Recipe, tokenizer: Tokenizer, work_dir: Path, start_dir: Path | None) -> Trainer:
     """Trains one model to the end of its recipe, from where work_dir/training.pt stands if it does.
 
-    start_dir: the hub folder of the model whose decoder is the beginning.
+    start_dir: the converted checkpoint whose decoder is the beginning.
     """
     torch.manual_seed(0)
     model = family.build(tokenizer, recipe.shape)
@@ -548,6 +549,11 @@ def summarize(trainer: Trainer) -> dict:
     }
 
 
+def shipped(family: Family, name: str) -> Path:
+    """The folder of the repository that holds a pair's target or draft."""
+    return REPOSITORY / "checkpoints" / (family.ship_name + "-draft" * (name == "draft"))
+
+
 def ship(work_dir: Path, destination: Path):
     """Converts the files in the hub's layout and copies what generate.py reads, with a summary, into the repository."""
     converter = REPOSITORY / "scripts" / "convert_hf_checkpoint.py"
@@ -585,7 +591,7 @@ def main():
         log = json.loads((work_dir / "log.json").read_text())
         write_json(work_dir / "log.json", log | {"held_out": report(family, work_dir / "hub", args.num_questions)})
         if not args.evaluate:
-            ship(work_dir, REPOSITORY / "checkpoints" / (family.ship_name + "-draft" * (name == "draft")))
+            ship(work_dir, shipped(family, name))
     if not args.evaluate and processes()[0] == 0:
         ship_scenes(REPOSITORY / "checkpoints" / "scenes")
 
@@ -594,13 +600,11 @@ def make(family: Family, name: str, work_dir: Path):
     """Trains one model; work_dir/hub then holds its files and work_dir/log.json its history."""
     work_dir.mkdir(parents=True, exist_ok=True)
     tokenizer = train_tokenizer(family)
-    start_dir = work_dir.parent / f"{family.starts_from}-{name}" / "hub" if family.starts_from else None
-    if start_dir and not (start_dir / "model.safetensors").exists():
-        raise SystemExit(f"train_tiny.py: {start_dir} holds no model: train --family {family.starts_from} first")
+    start_dir = shipped(FAMILIES[family.starts_from], name) if family.starts_from else None
     trainer = train(family, family.recipes[name], tokenizer, work_dir, start_dir)
     if processes()[0] == 0:
         family.save(trainer.model, tokenizer, work_dir / "hub")
-        start = {"decoder_from": start_dir.parent.name, "its_sha256": digest(start_dir)} if start_dir else {}
+        start = {"decoder_from": start_dir.name, "its_sha256": digest(start_dir)} if start_dir else {}
         write_json(work_dir / "log.json", summarize(trainer) | start | {"log": trainer.log})
 
 

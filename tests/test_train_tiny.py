@@ -41,6 +41,7 @@ def test_a_decoder_starts_from_a_trained_one(name, tmp_path):
     their_tokenizer, tokenizer = (train_tiny.train_tokenizer(f, n_scenes=N_SCENES) for f in (source, family))
     theirs = source.build(their_tokenizer, source.recipes["draft"].shape)
     source.save(theirs, their_tokenizer, tmp_path)
+    convert(tmp_path)
     model = family.build(tokenizer, family.recipes["draft"].shape)
     started = train_tiny.start_decoder(model, tokenizer, tmp_path)
     assert not any("vision" in weight for weight in started)
