@@ -4,12 +4,11 @@ Knows the corpus (scenes.py), the losses, the training loop and how models are e
 architectures (tiny_families.py) nor the repository's own model: it trains and examines with `transformers` and hands
 the result to convert_hf_checkpoint.py.
 
-    python scripts/train_tiny.py --out_dir OUT                          # Qwen2.5-VL: train both, examine, convert, ship
-    python scripts/train_tiny.py --out_dir OUT --family llava_onevision # begins with the decoders of the Qwen pair
-    # in checkpoints/
-    python scripts/train_tiny.py --out_dir OUT --family llama3_2_vision # and so does this one
-    python scripts/train_tiny.py --out_dir OUT --model draft            # only one of a pair
-    python scripts/train_tiny.py --out_dir OUT --evaluate               # examine what OUT holds already
+    python scripts/train_tiny.py --out_dir OUT                # Qwen2.5-VL: train both, examine, convert, ship
+    python scripts/train_tiny.py --out_dir OUT --family llava_onevision    # begins with the Qwen pair's decoders,
+    python scripts/train_tiny.py --out_dir OUT --family llama3_2_vision    # as they stand in checkpoints/; so does this
+    python scripts/train_tiny.py --out_dir OUT --model draft  # only one of a pair
+    python scripts/train_tiny.py --out_dir OUT --evaluate     # examine what OUT holds already
     torchrun --standalone --nproc_per_node=2 scripts/train_tiny.py --threads 1 --out_dir OUT     # on two cores
 
 What makes minutes on a CPU enough are three auxiliary losses that leave no trace in the checkpoint: visual rows must
