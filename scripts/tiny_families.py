@@ -50,6 +50,7 @@ class Recipe:
     naming_steps: int  # of the steps, those at the beginning that train the encoder alone
     learning_rate: float
     shape: dict
+    decoder: str | None = None  # the folder under checkpoints/ whose decoder is the beginning of this one's
 
 
 class Family:
@@ -57,7 +58,6 @@ class Family:
 
     ship_name: str  # of the target's folder under checkpoints/; the draft's ends in -draft
     recipes: dict[str, Recipe]
-    starts_from: str | None = None  # the family whose shipped pair has the decoders that this one begins with
     sample_tokens: int  # L: the image's prefix and as many turns as fit
     special_tokens: list[str]
     image_token: str
@@ -153,18 +153,20 @@ SAME_ROLE = {  # special tokens of Llama-3 and those of Qwen that stand in their
 def start_decoder(model: torch.nn.Module, tokenizer: Tokenizer, checkpoint_dir: Path) -> set[str]:
     """Copies the decoder of a converted Qwen2.5-VL: text, questions and answers are then known already.
 
-    Biases are left out where the model has none. A cross-attention layer, which Qwen lacks, starts with the attention
-    of the layer behind it. Returns the names of the weights that came from there.
+    Biases are left out where the model has none, and layers where it has fewer. A cross-attention layer, which Qwen
+    lacks, starts with the attention of the layer behind it. Returns the names of the weights that came from there.
     """
     embedding, state = read_decoder(checkpoint_dir)
+    n_layers = 1 + max(number for number, _ in state if number is not None)
     pieces = sentencepiece.SentencePieceProcessor(model_file=str(checkpoint_dir / "tokenizer.model"))
     theirs = {pieces.id_to_piece(i): i for i in range(min(len(embedding), pieces.get_piece_size()))}
     decoder, prefix = model.model.language_model, "model.language_model."
     own, started = dict(model.named_parameters()), {prefix + "embed_tokens.weight"}
     self_layers = [i for i, layer in enumerate(decoder.layers) if hasattr(layer, "self_attn")]
+    places = {round(i * (n_layers - 1) / (len(self_layers) - 1)): layer for i, layer in enumerate(self_layers)}
     with torch.no_grad():
         for (number, name), weight in state.items():
-            name = prefix + (name if number is None else f"layers.{self_layers[number]}.{name}")
+            name = prefix + (name if number is None else f"layers.{places.get(number)}.{name}")
             if name in own:
                 own[name].copy_(weight)
                 started.add(name)
@@ -487,19 +489,20 @@ class QwenVL(Family):
 
 class LlavaOneVision(Family):
     ship_name = "tiny-llava-onevision"
-    starts_from = "qwen2_5_vl"
     recipes = {
         "target": Recipe(
-            steps=1500,
-            naming_steps=400,
-            learning_rate=5e-3,
-            shape={"text": text_shape(128, 5, 384), "vision": siglip_shape(128, 4, 384)},
-        ),
-        "draft": Recipe(
             steps=1750,
             naming_steps=500,
             learning_rate=5e-3,
             shape={"text": text_shape(64, 4, 192), "vision": siglip_shape(64, 3, 192)},
+            decoder="tiny-qwen2.5-vl-draft",
+        ),
+        "draft": Recipe(
+            steps=900,
+            naming_steps=300,
+            learning_rate=5e-3,
+            shape={"text": text_shape(64, 3, 192), "vision": siglip_shape(64, 2, 128)},
+            decoder="tiny-qwen2.5-vl-draft",
         ),
     }
     sample_tokens = 216  # of which the prefix takes about 65
@@ -671,19 +674,20 @@ def tile_patches(canvas: Image.Image, tile: int) -> np.ndarray:
 
 class LlamaVision(Family):
     ship_name = "tiny-llama-3.2-vision"
-    starts_from = "qwen2_5_vl"
     recipes = {
         "target": Recipe(
-            steps=1500,
-            naming_steps=400,
-            learning_rate=5e-3,
-            shape={"text": text_shape(128, 7, 384), "cross": [1, 3], "vision": mllama_shape(128, 4, 1, 384, [1, 3])},
-        ),
-        "draft": Recipe(
             steps=1750,
             naming_steps=500,
             learning_rate=5e-3,
             shape={"text": text_shape(64, 6, 192), "cross": [1, 3], "vision": mllama_shape(64, 2, 1, 192, [1])},
+            decoder="tiny-qwen2.5-vl-draft",
+        ),
+        "draft": Recipe(
+            steps=900,
+            naming_steps=300,
+            learning_rate=5e-3,
+            shape={"text": text_shape(64, 4, 192), "cross": [1], "vision": mllama_shape(64, 1, 1, 128, [1])},
+            decoder="tiny-qwen2.5-vl-draft",
         ),
     }
     sample_tokens = 160  # an image takes one token

@@ -5,8 +5,8 @@ architectures (tiny_families.py) nor the repository's own model: it trains and e
 the result to convert_hf_checkpoint.py.
 
     python scripts/train_tiny.py --out_dir OUT                # Qwen2.5-VL: train both, examine, convert, ship
-    python scripts/train_tiny.py --out_dir OUT --family llava_onevision    # begins with the Qwen pair's decoders,
-    python scripts/train_tiny.py --out_dir OUT --family llama3_2_vision    # as they stand in checkpoints/; so does this
+    python scripts/train_tiny.py --out_dir OUT --family llava_onevision    # begins with the decoder of the Qwen draft
+    python scripts/train_tiny.py --out_dir OUT --family llama3_2_vision    # in checkpoints/, and so does this one
     python scripts/train_tiny.py --out_dir OUT --model draft  # only one of a pair
     python scripts/train_tiny.py --out_dir OUT --evaluate     # examine what OUT holds already
     torchrun --standalone --nproc_per_node=2 scripts/train_tiny.py --threads 1 --out_dir OUT     # on two cores
@@ -548,11 +548,6 @@ def summarize(trainer: Trainer) -> dict:
     }
 
 
-def shipped(family: Family, name: str) -> Path:
-    """The folder of the repository that holds a pair's target or draft."""
-    return REPOSITORY / "checkpoints" / (family.ship_name + "-draft" * (name == "draft"))
-
-
 def ship(work_dir: Path, destination: Path):
     """Converts the files in the hub's layout and copies what generate.py reads, with a summary, into the repository."""
     converter = REPOSITORY / "scripts" / "convert_hf_checkpoint.py"
@@ -590,7 +585,7 @@ def main():
         log = json.loads((work_dir / "log.json").read_text())
         write_json(work_dir / "log.json", log | {"held_out": report(family, work_dir / "hub", args.num_questions)})
         if not args.evaluate:
-            ship(work_dir, shipped(family, name))
+            ship(work_dir, REPOSITORY / "checkpoints" / (family.ship_name + "-draft" * (name == "draft")))
     if not args.evaluate and processes()[0] == 0:
         ship_scenes(REPOSITORY / "checkpoints" / "scenes")
 
@@ -599,8 +594,9 @@ def make(family: Family, name: str, work_dir: Path):
     """Trains one model; work_dir/hub then holds its files and work_dir/log.json its history."""
     work_dir.mkdir(parents=True, exist_ok=True)
     tokenizer = train_tokenizer(family)
-    start_dir = shipped(FAMILIES[family.starts_from], name) if family.starts_from else None
-    trainer = train(family, family.recipes[name], tokenizer, work_dir, start_dir)
+    recipe = family.recipes[name]
+    start_dir = REPOSITORY / "checkpoints" / recipe.decoder if recipe.decoder else None
+    trainer = train(family, recipe, tokenizer, work_dir, start_dir)
     if processes()[0] == 0:
         family.save(trainer.model, tokenizer, work_dir / "hub")
         start = {"decoder_from": start_dir.name, "its_sha256": digest(start_dir)} if start_dir else {}
