@@ -44,7 +44,7 @@ class Engine:
 
     model: Transformer
     encoder: nn.Module | None
-    step: Callable[[Tensor, Tensor], Tensor]  # model.forward, compiled or not
+    step: Callable[[Tensor, Tensor, int], Tensor]  # model.forward, compiled or not
     max_cache_size: int | None = None  # slots; None: as many as the prompts turn out to need
     cross_attention_seq_length: int | None = None  # rows of images in the cross caches; None: likewise
     pruning: Pruning | None = None  # of visual tokens
@@ -60,6 +60,10 @@ class Engine:
     @property
     def free_slots(self) -> int:
         return self.model.n_slots - len(self.held)
+
+    def n_read(self, n: int) -> int:
+        """Slots that a step on n tokens more reads: few different numbers, since each has a CUDA graph of its own."""
+        return min(max(64, 1 << (len(self.held) + n - 1).bit_length()), self.model.n_slots)
 
     def prompt(self, tokens: list[int], images: list[Image.Image]) -> Prompt:
         image_id = self.model.args.image_token_id
@@ -86,9 +90,8 @@ class Engine:
             raise ValueError(f"the images have {n_cross} rows, the cache (--cross_attention_seq_length) holds {rows}")
         n_slots = min(n_prompt + n_new - 1 + self.speculate_k, limit)  # the last step may guess past the end
         if n_slots > self.model.n_slots:
-            bucket = -(-n_slots // CACHE_BUCKET) * CACHE_BUCKET
             # Doubled, so that a growing conversation seldom has to be prefilled again.
-            n_slots = self.max_cache_size or max(bucket, 2 * self.model.n_slots)
+            n_slots = self.max_cache_size or max(-(-n_slots // CACHE_BUCKET) * CACHE_BUCKET, 2 * self.model.n_slots)
         if n_slots > self.model.n_slots or n_cross > self.model.n_cross:
             self.model.setup_caches(max(n_slots, self.model.n_slots), max(rows, self.model.n_cross))
             self.held = []
@@ -108,7 +111,7 @@ class Engine:
         self.held = []
         if n and text_only:
             input_pos = torch.arange(n, len(prompt), device=self.device)
-            logits = self.model(prompt.tokens[n:], input_pos)[-1:]
+            logits = self.model(prompt.tokens[n:], input_pos, len(prompt))[-1:]
         else:
             logits = self.model.prefill(prompt)
         self.held = list(prompt.key)
@@ -147,8 +150,8 @@ def decode(engine: Engine, pending: list[int], n: int, n_tokens: int, sampling: 
     tokens = torch.tensor(pending, device=engine.device)
     input_pos = torch.arange(len(engine.held), len(engine.held) + len(pending), device=engine.device)
     new, rows = [], []
-    for _ in range(n):
-        logits = engine.step(tokens, input_pos)[-1:, :n_tokens]
+    for i in range(n):
+        logits = engine.step(tokens, input_pos, engine.n_read(len(pending) + i))[-1:, :n_tokens]
         tokens = logits.argmax(-1) if sampling.temperature == 0 else draw(probabilities(logits, n_tokens, sampling))
         input_pos = input_pos[-1:] + 1
         new.append(tokens)
@@ -183,7 +186,7 @@ def speculate(engine: Engine, pending: list[int], k: int, sampling: Sampling, la
     guesses = guesses.to(engine.device)
     tokens = torch.cat((torch.tensor(pending[-1:], device=engine.device), guesses))
     input_pos = torch.arange(len(engine.held), len(engine.held) + k + 1, device=engine.device)
-    p = probabilities(engine.step(tokens, input_pos), n_tokens, sampling)
+    p = probabilities(engine.step(tokens, input_pos, engine.n_read(k + 1)), n_tokens, sampling)
     if sampling.temperature == 0:
         q = F.one_hot(guesses, n_tokens).float()
     else:
@@ -334,20 +337,19 @@ def is_quantized(name: str, tensor: Tensor) -> bool:
 
 
 def compile_step(engine: Engine) -> None:
-    """One graph per number of tokens (1, 2, k + 1); on GPUs replayed as a CUDA graph."""
+    """One graph per number of tokens (1, 2, k + 1); on GPUs replayed as a CUDA graph, one per number of slots too."""
     torch._dynamo.config.recompile_limit = 64  # of all models together
-    mode = "default" if engine.device.type == "cpu" else "reduce-overhead"
-    compiled = torch.compile(engine.model, mode=mode, fullgraph=True, dynamic=False)
+    torch.compiler.config.dynamic_sources = "L['n_slots']"  # of Transformer.forward: one graph serves all
+    compiled = torch.compile(engine.model, mode="reduce-overhead", fullgraph=True, dynamic=False)
     # A CUDA graph writes the next step's output over this one's.
-    engine.step = lambda tokens, input_pos: compiled(tokens, input_pos).clone()
+    engine.step = lambda *inputs: compiled(*inputs).clone()
 
 
 def compile_prefill(engine: Engine) -> None:
     """Lengths and image sizes are dynamic: one graph serves all of them."""
     engine.model.run_layers = torch.compile(engine.model.run_layers, dynamic=True)
-    if engine.encoder:
-        for block in engine.encoder.blocks:
-            block.compile(dynamic=True)
+    for block in engine.encoder.blocks if engine.encoder else ():
+        block.compile(dynamic=True)
 
 
 def weight_bytes(model: nn.Module) -> int:

@@ -130,7 +130,7 @@ class Step(NamedTuple):
     cos: Tensor  # [S, d] float32
     sin: Tensor  # [S, d] float32
     input_pos: Tensor  # [S] the cache slot of each token
-    mask: Tensor | None  # [S, T] which slots a token sees; None: the cache is empty, attend causally over these tokens
+    mask: Tensor | None  # [S, T or fewer] which slots a token sees; None: the cache is empty, attend to these tokens
     cross_mask: Tensor  # [S, C or fewer] which slots of the cross caches a token sees; [S, 0]: there are no images
 
 
@@ -159,11 +159,12 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """[S, H * d] of queries [H, S, d], keys and values [G, T, d], mask [S, T]; without a mask causally."""
-    # A group of query heads shares one key/value head: a broadcast view, nothing is repeated in memory.
-    q = q.unflatten(0, (len(k), -1))  # [G, H/G, S, d]
-    k, v = (t[:, None].expand(-1, q.shape[1], -1, -1) for t in (k, v))
-    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
-    return y.flatten(0, 1).transpose(0, 1).flatten(1)
+    rows = q.unflatten(0, (len(k), -1))  # [G, H/G, S, d]: a group of query heads shares one key/value head
+    if mask is not None and len(mask) <= 16:  # a decode step: the group as rows of one head, which reads them once
+        rows, mask = rows.flatten(1, 2)[:, None], mask.repeat(rows.shape[1], 1)  # [G, 1, H/G * S, d]
+    k, v = (t[:, None].expand(-1, rows.shape[1], -1, -1) for t in (k, v))  # views, nothing is repeated in memory
+    y = F.scaled_dot_product_attention(rows, k, v, attn_mask=mask, is_causal=mask is None)
+    return y.reshape(q.shape).transpose(0, 1).flatten(1)
 
 
 class Attention(nn.Module):
@@ -185,7 +186,7 @@ class Attention(nn.Module):
         self.k_cache[:, step.input_pos] = k
         self.v_cache[:, step.input_pos] = v
         if step.mask is not None:
-            k, v = self.k_cache, self.v_cache
+            k, v = (cache[:, : step.mask.shape[1]] for cache in (self.k_cache, self.v_cache))
         return self.wo(attend(q, k, v, step.mask))
 
 
@@ -277,7 +278,7 @@ class Transformer(nn.Module):
         """Room for n_slots tokens, and for n_cross rows of images to look at. What the caches held is lost."""
         device, dtype = self.norm.weight.device, self.norm.weight.dtype
         for i, layer in enumerate(self.layers):
-            n = n_cross if i in self.args.cross_attention_layers else n_slots
+            n = n_cross if i in self.args.cross_attention_layers else n_slots + 1  # see slots
             layer.attention.setup_cache(n, device, dtype)
         section = torch.tensor(self.args.mrope_section or (self.args.head_dim // 2, 0, 0))
         axis = torch.arange(3).repeat_interleave(section).to(device)
@@ -285,7 +286,8 @@ class Transformer(nn.Module):
         self.register_buffer("inv_freq", inverse_frequencies(self.args, device), persistent=False)
         # Rotary position minus cache slot after the prompt: an image takes fewer positions than tokens.
         self.register_buffer("rope_delta", torch.zeros((), dtype=torch.long, device=device), persistent=False)
-        self.register_buffer("slots", torch.arange(n_slots, device=device), persistent=False)
+        # One more than are ever read: a compiled step for a part of the cache is not compiled again for all of it.
+        self.register_buffer("slots", torch.arange(n_slots + 1, device=device), persistent=False)
         # What the prompt's last token may look at, and so does whatever follows.
         self.register_buffer("cross_seen", torch.zeros(n_cross, dtype=torch.bool, device=device), persistent=False)
         self.n_slots, self.n_cross = n_slots, n_cross
@@ -296,11 +298,14 @@ class Transformer(nn.Module):
         angles = torch.cat((angles, angles), dim=-1)
         return angles.cos(), angles.sin()
 
-    def forward(self, tokens: Tensor, input_pos: Tensor) -> Tensor:
-        """Logits [S, V] of tokens [S] that go into the slots input_pos [S]; each sees the slots up to its own."""
+    def forward(self, tokens: Tensor, input_pos: Tensor, n_slots: int | None = None) -> Tensor:
+        """Logits [S, V] of tokens [S] that go into the slots input_pos [S]; each sees the slots up to its own.
+
+        n_slots: read no more than that many of the cache, the first; those in use are among them. None: read all.
+        """
         rope_pos = (input_pos + self.rope_delta)[:, None].expand(-1, 3)
         seen = self.cross_seen.expand(len(tokens), -1)
-        step = Step(*self.angles(rope_pos), input_pos, self.slots <= input_pos[:, None], seen)
+        step = Step(*self.angles(rope_pos), input_pos, self.slots[:n_slots] <= input_pos[:, None], seen)
         return self.run_layers(self.embedding(tokens), step)
 
     def prefill(self, prompt: Prompt) -> Tensor:

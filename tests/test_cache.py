@@ -28,6 +28,38 @@ def test_prefill_equals_one_by_one_equals_several(pair, family):
     torch.testing.assert_close(torch.cat(chunks), at_once, atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("n_tokens", [1, 6, 30])  # one token, a verification, a continued conversation
+@torch.inference_mode()
+def test_slots_that_are_not_in_use_are_not_read(pair, n_tokens):
+    pair = pair("qwen2")
+    pair.model.setup_caches(300)
+    ids, input_pos = torch.arange(20, 20 + n_tokens), torch.arange(n_tokens)
+    expected = pair.model(ids, input_pos)
+    for layer in pair.model.layers:  # to read is to get NaN, whatever the mask says
+        layer.attention.k_cache[:, n_tokens:] = layer.attention.v_cache[:, n_tokens:] = float("nan")
+    assert pair.model(ids, input_pos).isnan().all()
+    torch.testing.assert_close(pair.model(ids, input_pos, n_tokens), expected, atol=1e-5, rtol=0)
+    pair.model.setup_caches(300)
+
+
+@torch.inference_mode()
+def test_slots_that_steps_read(pair, monkeypatch):
+    """As many as are in use, rounded up to few different numbers; to the last slot of the cache."""
+    pair, n_slots = pair("qwen2"), []
+    pair.model.setup_caches(300)
+    forward = pair.model.forward
+
+    def step(tokens, input_pos, n):
+        assert input_pos[-1] < n <= 300, "what the step writes is among what it reads"
+        n_slots.append(n)
+        return forward(tokens, input_pos, n)
+
+    monkeypatch.setattr(pair.engine, "step", step)
+    monkeypatch.setattr(pair.engine, "max_cache_size", 300)
+    generate.generate(pair.engine, [20] * 10, [], 500)
+    assert [n_slots.count(n) for n in (64, 128, 256, 300)] == [54, 64, 128, 44]
+
+
 @pytest.mark.parametrize("family", VL_FAMILIES)
 @torch.inference_mode()
 def test_image_then_several_at_once(pair, family):

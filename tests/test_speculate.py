@@ -307,8 +307,9 @@ def test_whole_step_samples_the_target(monkeypatch):
         def __init__(self, table, rows):
             self.args = type("Args", (), {"n_tokens": rows})()
             self.table, self.norm = F.pad(table[:, :rows], (0, 3), value=9.0), torch.nn.LayerNorm(1)
+            self.n_slots = 4
 
-        def __call__(self, tokens, input_pos):
+        def __call__(self, tokens, input_pos, n_slots):
             return self.table[tokens]
 
     def engine(table, rows):
