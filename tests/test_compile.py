@@ -76,8 +76,9 @@ def test_20_prompts_after_warm_up(pair):
     """Other lengths, other picture sizes, across several numbers of slots that are read."""
     engine, tokenizer = load_pair(pair, ("qwen2.5-vl", "qwen2.5-vl:other"), compiled=True, prefill=True)
     words, shuffled = "How many red circles and how many blue squares are there? ", random.Random(0)
-    for times in (1, 8):  # the second does not fit into the smallest bucket
-        ask(engine, tokenizer, (56, 84), 20, words * times)
+    # The encoder's graphs: one window of attention or several, full or not.
+    for times, picture in enumerate([(56, 84), (112, 112), (224, 224), (200, 150)], 1):
+        ask(engine, tokenizer, picture, 20, words * 2 * times)
     graphs, size = n_graphs(), living_bytes()
     n_prompts = set()
     for _ in range(20):
