@@ -64,27 +64,45 @@ def quantize_rows(w: Tensor, mode: str) -> tuple[Tensor, Tensor]:
 def quantize_groups(w: Tensor, group: int, shrinks=SHRINKS, refits: int = REFITS) -> tuple[Tensor, Tensor, Tensor]:
     """w [N, K] as int4: weight [N, K/2], scale and zero [N, G].
 
-    Scale and zero are those of least squared error among some: the group's range clipped by each of shrinks (the search
-    of Choukroun et al., arXiv 1902.06822, also AWQ's, 2306.00978), each followed by refits times the least squares line
-    through the weights over their codes and new codes for that line (Lloyd's iteration, as in LQ-Nets, 1807.10029).
-    shrinks=(1,), refits=0 is plain rounding between minimum and maximum.
+    Scale and zero are those of least weighted squared error among some: the group's range clipped by each of shrinks
+    (the search of Choukroun et al., arXiv 1902.06822, also AWQ's, 2306.00978), each followed by refits times the least
+    squares line through the weights over their codes and new codes for that line (Lloyd's iteration, as in LQ-Nets,
+    1807.10029). A weight counts 1 + w^2 / mean(w^2) times: without, the search clips the few large ones, and perplexity
+    suffers (README, Small weights). The idea is that of llama.cpp's k-quants, whose factor is rms(w) + |w|
+    (make_qkx2_quants). In no group is the plain squared error larger than that of shrinks=(1,), refits=0: rounding
+    between minimum and maximum.
     """
     w = w.float().unflatten(1, (-1, group))  # [N, G, g]
+    square = w.square()
+    importance = 1 + square / square.mean(-1, keepdim=True).clamp(min=1e-30)
     low, high = w.amin(-1, keepdim=True), w.amax(-1, keepdim=True)  # [N, G, 1], like all that follow but codes
-    best = [torch.full_like(low, float("inf")), low, low]  # squared error, scale, zero
+    limit = best = None  # the first's plain squared error; the best's weighted one, scale, zero
     for shrink in shrinks:
         scale = (high - low) * shrink / 15
         zero = (high + low + scale) / 2  # the codes -8 to 7 lie around -1/2
         for _ in range(refits + 1):
-            scale, zero = scale.clamp(min=1e-20).bfloat16().float(), zero.bfloat16().float()
+            scale, zero = representable(scale, zero)
             codes = encode(w, scale, zero)
-            error = (codes * scale + zero - w).square().sum(-1, keepdim=True)
-            better = error < best[0]
-            best = [torch.where(better, new, old) for new, old in zip((error, scale, zero), best)]
-            scale, zero = fit_line(codes, w)
+            squared = (codes * scale + zero - w).square()
+            plain, error = squared.sum(-1, keepdim=True), (squared * importance).sum(-1, keepdim=True)
+            limit = plain if limit is None else limit
+            best = best or (error, scale, zero)
+            better = (error < best[0]) & (plain <= limit)
+            best = tuple(torch.where(better, new, old) for new, old in zip((error, scale, zero), best))
+            scale, zero = fit_line(codes, w, importance)
     _, scale, zero = best
-    codes = (encode(w, scale, zero) + 8).flatten(1).to(torch.uint8)
+    codes = encode(w, scale, zero)
+    if refits:
+        wider = representable(*keep_spread(codes, w))
+        better = (codes * wider[0] + wider[1] - w).square().sum(-1, keepdim=True) <= limit
+        scale, zero = (torch.where(better, new, old) for new, old in zip(wider, (scale, zero)))
+    codes = (codes + 8).flatten(1).to(torch.uint8)
     return codes[:, ::2] << 4 | codes[:, 1::2], scale[..., 0].bfloat16(), zero[..., 0].bfloat16()
+
+
+def representable(scale: Tensor, zero: Tensor) -> tuple[Tensor, Tensor]:
+    """As they are stored."""
+    return scale.clamp(min=1e-20).bfloat16().float(), zero.bfloat16().float()
 
 
 def encode(w: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
@@ -92,11 +110,20 @@ def encode(w: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
     return ((w - zero) / scale).round().clamp(-8, 7)
 
 
-def fit_line(codes: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+def fit_line(codes: Tensor, w: Tensor, importance: Tensor) -> tuple[Tensor, Tensor]:
     """Slope and offset [N, G, 1] of the least squares line through w over codes."""
+    total = importance.sum(-1, keepdim=True)
+    mean_code, mean = ((importance * t).sum(-1, keepdim=True) / total for t in (codes, w))
+    centred = importance * (codes - mean_code)
+    slope = (centred * w).sum(-1, keepdim=True) / (centred * codes).sum(-1, keepdim=True).clamp(min=1e-9)
+    return slope, mean - slope * mean_code
+
+
+def keep_spread(codes: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+    """Slope and offset with which the codes, projected onto w, are as long as w: fit_line's line makes them shorter."""
     mean_code, mean = codes.mean(-1, keepdim=True), w.mean(-1, keepdim=True)
-    centred = codes - mean_code
-    slope = (centred * w).sum(-1, keepdim=True) / centred.square().sum(-1, keepdim=True).clamp(min=1e-9)
+    product = ((codes - mean_code) * w).sum(-1, keepdim=True)
+    slope = (w - mean).square().sum(-1, keepdim=True) / product.clamp(min=1e-30)
     return slope, mean - slope * mean_code
 
 
@@ -389,8 +416,11 @@ def write_checkpoint(path: Path, shapes: dict[str, tuple], tensors: Iterable[tup
     part = path.with_name(path.name + ".part")
     try:
         outline = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in shapes.items()}  # never touched
-        with torch.serialization.skip_data():
-            torch.save(outline, part)
+        try:
+            with torch.serialization.skip_data():
+                torch.save(outline, part)
+        except RuntimeError:  # how the zip writer says that a write failed: not which, nor why
+            raise OSError(f"cannot write {path.parent}: the disk is full, or the folder cannot be written to") from None
         reserve_space(part)
         with torch.serialization.set_default_mmap_options(mmap.MAP_SHARED):
             mapped = torch.load(part, mmap=True, weights_only=True)

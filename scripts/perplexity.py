@@ -3,11 +3,15 @@
 Knows where a Python installation keeps text. Quantizes in memory, so that formats can be compared that no file holds
 (int4.g128.minmax is plain rounding, without the search).
 
-    python scripts/perplexity.py --checkpoint_path checkpoints/Qwen/Qwen2.5-0.5B/model.pth
+    python scripts/perplexity.py --checkpoint_path checkpoints/Qwen/Qwen2.5-0.5B/model.pth --out perplexity.jsonl
+
+The text is always the same as long as Python is: a run that was interrupted goes on with the formats that --out lacks.
 """
 
 import argparse
+import json
 import math
+import platform
 import pydoc_data.topics
 import sys
 import time
@@ -19,7 +23,7 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import generate
-from quantize import quantize_in_place
+from quantize import dequantize, group_for, linears, quantize_in_place, quantize_layer
 
 FORMATS = "none int8 fp8 int4.g32 int4.g32.minmax int4.g64 int4.g64.minmax int4.g128 int4.g128.minmax"
 MODULES = (
@@ -51,13 +55,53 @@ def read_windows(tokenizer, n_tokens: int) -> list[list[int]]:
 
 
 @torch.inference_mode()
-def perplexity(model: nn.Module, windows: list[list[int]]) -> float:
+def mean_loss(model: nn.Module, windows: list[list[int]]) -> float:
+    """Nats a token."""
     total, input_pos = 0.0, torch.arange(WINDOW, device=model.norm.weight.device)
     for window in windows:
         tokens = torch.tensor(window, device=input_pos.device)
         logits = model(tokens, input_pos)[:-1, : model.args.n_tokens].float()
         total += F.cross_entropy(logits, tokens[1:], reduction="sum").item()
-    return math.exp(total / (len(windows) * (WINDOW - 1)))
+    return total / (len(windows) * (WINDOW - 1))
+
+
+def change_weights(model: nn.Module, kind: str, dtype: torch.dtype, expand: bool) -> None:
+    """To one of FORMATS; expanded they are multiplied as the whole model's are, without a kernel for small weights."""
+    mode, *details = kind.split(".")
+    group = int(details[0][1:]) if details else 128
+    search = {"shrinks": (1.0,), "refits": 0} if "minmax" in details else {}
+    if not expand:
+        return quantize_in_place(model, mode, group, dtype, **search)
+    for linear in linears(model).values():
+        parts, *_ = quantize_layer(linear.weight.data, mode, group_for(linear.in_features, group), **search)
+        linear.weight = nn.Parameter(dequantize(*parts).to(dtype), requires_grad=False)
+
+
+def measure(kind: str, args: argparse.Namespace) -> float:
+    dtype = getattr(torch, args.dtype)
+    engine, tokenizer = generate.load(args.checkpoint_path, args.device, dtype)
+    if kind != "none":
+        change_weights(engine.model, kind, dtype, args.expand)
+    engine.model.setup_caches(WINDOW)
+    return math.exp(mean_loss(engine.model, read_windows(tokenizer, args.n_tokens)))
+
+
+def describe(kind: str, args: argparse.Namespace) -> dict:
+    """What a line of --out says of a run besides its result; equal for equal runs."""
+    return {
+        "model": args.checkpoint_path.parent.name,
+        "format": kind,
+        "n_tokens": (args.n_tokens // 2 // WINDOW + 1) * 2 * (WINDOW - 1),
+        "dtype": args.dtype,
+        "device": args.device,
+        "expanded": args.expand,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def read_results(path: Path | None) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path and path.exists() else []
 
 
 def main() -> int:
@@ -69,23 +113,22 @@ def main() -> int:
     parser.add_argument("--n_tokens", type=int, default=20000)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=["bfloat16", "float32", "float16"], default="bfloat16")
+    parser.add_argument("--expand", action="store_true", help="no kernels for small weights: faster for long texts")
+    parser.add_argument("--out", type=Path, help="append a JSON line a format to this file; skip what it holds")
     args = parser.parse_args()
-    dtype, first = getattr(torch, args.dtype), None
+    first = None
     for kind in args.formats:
-        start = time.perf_counter()
-        engine, tokenizer = generate.load(args.checkpoint_path, args.device, dtype)
-        mode, *details = kind.split(".")
-        if mode != "none":
-            group = int(details[0][1:]) if details else 128
-            search = {"shrinks": (1.0,), "refits": 0} if "minmax" in details else {}
-            quantize_in_place(engine.model, mode, group, dtype, **search)
-        engine.model.setup_caches(WINDOW)
-        windows = read_windows(tokenizer, args.n_tokens)
-        found = perplexity(engine.model, windows)
+        start, run = time.perf_counter(), describe(kind, args)
+        known = [line["perplexity"] for line in read_results(args.out) if run.items() <= line.items()]
+        found = known[0] if known else measure(kind, args)
         first = first or found
-        seconds = time.perf_counter() - start
-        print(f"{kind:18} perplexity {found:8.4f} {100 * (found / first - 1):+7.2f} %   {seconds:.0f} s", flush=True)
-    print(f"{len(windows) * (WINDOW - 1)} tokens, {args.dtype}, {args.checkpoint_path}")
+        seconds = round(time.perf_counter() - start)
+        print(f"{kind:18} perplexity {found:8.4f} {100 * (found / first - 1):+7.2f} %   {seconds} s", flush=True)
+        if args.out and not known:
+            args.out.parent.mkdir(parents=True, exist_ok=True)
+            with args.out.open("a") as file:
+                file.write(json.dumps(run | {"perplexity": round(found, 5), "seconds": seconds}) + "\n")
+    print(f"{run['n_tokens']} tokens, {args.dtype}, {args.checkpoint_path}")
     return 0
 
 

@@ -1,6 +1,9 @@
 """Real weights, where there are some: REAL_CHECKPOINT names a converted text model's hub folder (Qwen2.5 0.5B, say)."""
 
+import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,6 +12,7 @@ import transformers
 
 from generate import generate, load
 
+ROOT = Path(__file__).resolve().parent.parent
 FOLDER = os.environ.get("REAL_CHECKPOINT")
 NEAR_TIE = 1e-3  # logits
 N_TOKENS = 64
@@ -52,3 +56,18 @@ def test_greedy_answers_equal_transformers(capsys):
     with capsys.disabled():
         print(f"\n{compared} tokens of {len(PROMPTS)} answers equal transformers'; {ties} answers ended at a near-tie")
     assert compared > 300
+
+
+@pytest.mark.skipif(FOLDER is None, reason="REAL_CHECKPOINT is not set")
+def test_perplexity_of_small_weights(tmp_path):
+    """The limits that a format keeps, in percent of bfloat16's perplexity; about 20 minutes on two quiet cores."""
+    limits = {"int8": 0.5, "int4.g32": 6, "int4.g128": 10}
+    formats = ["none", *limits, "int4.g32.minmax", "int4.g128.minmax"]
+    out = tmp_path / "perplexity.jsonl"
+    flags = ["--checkpoint_path", Path(FOLDER) / "model.pth", "--expand", "--out", out, "--formats", *formats]
+    subprocess.run([sys.executable, ROOT / "scripts" / "perplexity.py", *flags], check=True)
+    found = {line["format"]: line["perplexity"] for line in map(json.loads, out.read_text().splitlines())}
+    for name, limit in limits.items():
+        assert 100 * (found[name] / found["none"] - 1) < limit
+    for group in ("g32", "g128"):
+        assert found[f"int4.{group}"] < found[f"int4.{group}.minmax"]

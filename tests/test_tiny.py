@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from generate import DEFAULT_CHECKPOINT, DEFAULT_DRAFT, DEFAULT_IMAGE, generate, load
+from quantize import quantize_in_place
 from scripts.scenes import held_out_questions
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -32,6 +33,32 @@ def test_held_out_questions(path, least, capsys):
     with capsys.disabled():
         print(f"\n{path.parent.name}: {right} of {N_QUESTIONS} held-out questions")
     assert right >= least * N_QUESTIONS
+
+
+@pytest.fixture(scope="module")
+def count_right():
+    """How many held-out questions a model in a format answers right; each is asked once."""
+    known = {}
+
+    def count(path: Path, mode: str | None, group: int = 128) -> int:
+        if (path, mode, group) not in known:
+            engine, tokenizer = load(path, "cpu", torch.bfloat16)
+            if mode:
+                quantize_in_place(engine.model, mode, group, torch.bfloat16)
+            questions = held_out_questions(N_QUESTIONS)
+            known[path, mode, group] = sum(ask(engine, tokenizer, q.prompt, s.image) == q.reply for s, q in questions)
+        return known[path, mode, group]
+
+    return count
+
+
+@pytest.mark.parametrize("mode, group, points", [("int8", 128, 1), ("fp8", 128, 3), ("int4", 32, 3), ("int4", 128, 3)])
+def test_quantized_held_out_questions(count_right, mode, group, points, capsys):
+    """Small weights cost no more than so many points of the target's accuracy."""
+    found, whole = count_right(DEFAULT_CHECKPOINT, mode, group), count_right(DEFAULT_CHECKPOINT, None)
+    with capsys.disabled():
+        print(f"\n{mode} (groups of {group}): {found} of {N_QUESTIONS} held-out questions, bfloat16: {whole}")
+    assert found >= whole - points / 100 * N_QUESTIONS
 
 
 def test_shipped_files_are_small():
