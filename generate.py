@@ -554,10 +554,13 @@ def load_engine(args: argparse.Namespace, ranks=None) -> tuple[Engine, Tokenizer
         draft.max_cache_size = args.draft_max_cache_size
         draft.pruning = Pruning(args.mm_prune_method, args.mm_prune_ratio, args.seed)
         engine.draft, engine.speculate_k, draft.speculate_k = draft, args.speculate_k, args.speculate_k
-    for each in (engine, engine.draft):
-        if each and args.compile:
+    import quantize
+
+    for each in filter(None, (engine, engine.draft)):
+        quantize.pack_whole(each.model)
+        if args.compile:
             compile_step(each)
-        if each and args.compile_prefill:
+        if args.compile_prefill:
             compile_prefill(each)
     log(f"loaded {args.checkpoint_path} in {time.perf_counter() - start:.2f} s")
     return engine, tokenizer
