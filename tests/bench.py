@@ -139,7 +139,7 @@ def install_stub(monkeypatch, folder: Path, answer, draft: bool = False) -> None
     for name in ("model.pth", "params.json", "tokenizer.model"):
         (folder / name).write_bytes(b"")
 
-    def load(args):
+    def load(args, ranks=None):
         args.checkpoint_path = folder / "model.pth"
         return stub_engine(draft), SimpleNamespace(chat=True, stop_ids=frozenset())
 

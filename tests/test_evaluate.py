@@ -110,7 +110,7 @@ def test_a_vision_model_runs_the_benchmarks_of_text(run, tiny, data, name):
 def test_a_model_without_a_chat_format_runs_them_too(run, tiny, data, name, monkeypatch):
     load, prompts = evaluate.load_engine, []
 
-    def load_base(args):
+    def load_base(args, ranks=None):
         engine, tokenizer = load(args)
         tokenizer.chat = None
         return engine, tokenizer
