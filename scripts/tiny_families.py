@@ -676,7 +676,7 @@ class LlamaVision(Family):
     ship_name = "tiny-llama-3.2-vision"
     recipes = {
         "target": Recipe(
-            steps=2000,
+            steps=2750,
             naming_steps=500,
             learning_rate=5e-3,
             shape={"text": text_shape(64, 6, 192), "cross": [1, 3], "vision": mllama_shape(64, 2, 1, 192, [1])},
