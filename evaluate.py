@@ -8,6 +8,7 @@ import argparse
 import base64
 import hashlib
 import io
+import os
 import platform
 import sys
 from dataclasses import dataclass
@@ -61,7 +62,7 @@ class Variant:
         return self.engine
 
 
-def plan_variants(args: argparse.Namespace, engine: Engine) -> list[Variant]:
+def plan_variants(args: argparse.Namespace, engine: Engine, ranks=None) -> list[Variant]:
     """What the flags describe; with --compare the target alone first, then the draft and what the list says."""
     target, draft = Variant("target", engine), engine.draft
     drafted = [Variant(draft_name(draft.pruning), engine, draft, draft.pruning)] if draft else []
@@ -70,18 +71,20 @@ def plan_variants(args: argparse.Namespace, engine: Engine) -> list[Variant]:
     ratios = [item for item in args.compare if not item.endswith(".pth")]
     if not draft and (ratios or not args.compare):
         raise ValueError("--compare needs a --draft_checkpoint_path, or other weights (model.pth) to compare with")
-    listed = [load_variant(item, args) if item.endswith(".pth") else prune(item, args, engine) for item in args.compare]
+    listed = [
+        load_variant(item, args, ranks) if item.endswith(".pth") else prune(item, args, engine) for item in args.compare
+    ]
     variants = [target, *([] if ratios else drafted), *listed]
     if len({variant.name for variant in variants}) < len(variants):
         raise ValueError("--compare names something twice")
     return variants
 
 
-def load_variant(path: str, args: argparse.Namespace) -> Variant:
+def load_variant(path: str, args: argparse.Namespace, ranks=None) -> Variant:
     """Other weights, without a draft."""
     other = vars(args) | {"checkpoint_path": Path(path), "draft_checkpoint_path": None}
     name = Path(path).stem if Path(path).stem != "model" else Path(path).parent.name
-    return Variant(name, load_engine(argparse.Namespace(**other))[0])
+    return Variant(name, load_engine(argparse.Namespace(**other), ranks)[0])
 
 
 def prune(item: str, args: argparse.Namespace, engine: Engine) -> Variant:
@@ -202,11 +205,12 @@ def figures(result: dict, engine: Engine) -> dict:
 # ---- a run and its results file ------------------------------------------------------------------------------------
 
 
-def describe_run(args: argparse.Namespace, **more) -> dict:
+def describe_run(args: argparse.Namespace, n_ranks: int = 1, **more) -> dict:
     """The first line of a results file: every setting, versions, device, the checkpoints' hashes."""
     settings = {name: value for name, value in vars(args).items() if name not in NOT_SETTINGS}
     device = torch.device(args.device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} ({platform.machine()})"
+    name = f"{n_ranks} ranks, each {name}" if n_ranks > 1 else name
     listed = [Path(item) for item in args.compare or [] if item.endswith(".pth")]
     paths = [path for path in (args.checkpoint_path, args.draft_checkpoint_path, *listed) if path]
     files = [
@@ -237,11 +241,14 @@ class Examination:
     variants: list[Variant]
     tokenizer: Tokenizer
     results: Results
+    ranks: object = None  # tp.Ranks, if there are several
     n_graphs: int = 0  # compiled so far
 
     def run(self) -> None:
         """Ask what has no line yet. The variants take turns, and go first in turn: no one has the better machine."""
         done = {(line["variant"], line["id"]) for line in self.results.lines}
+        if self.ranks:
+            done = set(map(tuple, self.ranks.share(sorted(done))))  # the file is rank 0's
         n_lines = len(self.variants) * len(self.questions)
         if len(done) == n_lines:
             return
@@ -264,6 +271,8 @@ class Examination:
         try:
             line |= self.ask_steadily(variant, question)
         except (ValueError, OSError, torch.OutOfMemoryError) as error:
+            if self.ranks and isinstance(error, torch.OutOfMemoryError):
+                raise  # the other ranks are waiting for this one's part of a layer
             log(f"{question['id']}: {one_line(error)[:300]}")
             return line | {"error": one_line(error)[:300]}
         if variant is not self.variants[0]:
@@ -337,31 +346,37 @@ def check_images(benchmark: Benchmark, engine: Engine, args: argparse.Namespace)
         raise ValueError(f"{args.checkpoint_path} reads text only, and {args.bench_name} has pictures: try {text_only}")
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace, ranks=None) -> int:
     benchmark = BENCHMARKS[args.bench_name]
     questions = benchmark.load(args)
     if len({question["id"] for question in questions}) < len(questions):
         raise ValueError(f"two questions of {args.bench_name} have the same id")
+    follows = ranks is not None and ranks.rank > 0
+    if follows:
+        args.output = None  # rank 0 alone writes and judges
     if args.output:
         args.output.open("ab").close()  # a name that cannot be written shows before the model is loaded
     check_device(args.device)
     bandwidth = measure_bandwidth(args.device)
-    engine, tokenizer = load_engine(args)
+    engine, tokenizer = load_engine(args, ranks)
     check_images(benchmark, engine, args)
-    judged = benchmark.score is not None and (args.allow_code_execution or not benchmark.executes_code)
+    judged = not follows and benchmark.score is not None
+    judged &= args.allow_code_execution or not benchmark.executes_code
     if judged and benchmark.executes_code:
         log(f"programs run {human_eval.network_guard()}")
-    variants = plan_variants(args, engine)
+    variants = plan_variants(args, engine, ranks)
     names = [variant.name for variant in variants]
     more = {"variants": names, "n_questions": len(questions), "judged": judged, "bandwidth_gb_per_s": bandwidth}
-    results = Results(args.output, describe_run(args, **more), args.resume)
+    n_ranks = ranks.n_ranks if ranks else 1
+    results = Results(args.output, describe_run(args, n_ranks, **more), args.resume)
     status = 0
     try:
-        Examination(args, benchmark, questions, variants, tokenizer, results).run()
+        Examination(args, benchmark, questions, variants, tokenizer, results, ranks).run()
     except KeyboardInterrupt:
         log("\ninterrupted; the summary so far:")
         status = 130
-    print_summary(summarize(results.header, results.lines))
+    if not follows:
+        print_summary(summarize(results.header, results.lines))
     return status
 
 
@@ -371,11 +386,11 @@ def score_file(path: Path) -> int:
     return 0
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None, ranks=None) -> int:
     """0; 2 for a mistake of the user's, with one line on stderr; 130 after Ctrl-C, with the summary so far."""
     try:
         args = parse_args(argv)
-        return score_file(args.score) if args.score else run(args)
+        return score_file(args.score) if args.score else run(args, ranks)
     except (ValueError, OSError) as error:
         log(f"evaluate.py: {one_line(error)}")
         return 2
@@ -384,4 +399,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        from tp import Ranks
+
+        sys.exit(Ranks("evaluate.py").run(main))
     sys.exit(main())

@@ -7,6 +7,7 @@ becomes token ids (tokenizer), ids and pictures become a Prompt (vision), a Prom
 import argparse
 import contextlib
 import json
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -50,6 +51,7 @@ class Engine:
     pruning: Pruning | None = None  # of visual tokens
     draft: "Engine | None" = None
     speculate_k: int = 5  # guesses a step
+    agree: Callable[[Tensor], Tensor] = lambda tokens: tokens  # several ranks: on rank 0's
     held: list[int] = field(default_factory=list)  # the keys (Prompt.key) of the cached tokens, slot by slot
     encoded: dict = field(default_factory=dict)  # images whose rows are kept for the next prompt
 
@@ -153,6 +155,7 @@ def decode(engine: Engine, pending: list[int], n: int, n_tokens: int, sampling: 
     for i in range(n):
         logits = engine.step(tokens, input_pos, engine.n_read(len(pending) + i))[-1:, :n_tokens]
         tokens = logits.argmax(-1) if sampling.temperature == 0 else draw(probabilities(logits, n_tokens, sampling))
+        tokens = engine.agree(tokens)
         input_pos = input_pos[-1:] + 1
         new.append(tokens)
         rows.append(logits)
@@ -183,7 +186,7 @@ def speculate(engine: Engine, pending: list[int], k: int, sampling: Sampling, la
     laps.append(mark(draft.device))
     guesses, rows = decode(draft, pending, k, n_common, sampling)
     laps += [mark(draft.device), mark(engine.device)]
-    guesses = guesses.to(engine.device)
+    guesses = engine.agree(guesses.to(engine.device))
     tokens = torch.cat((torch.tensor(pending[-1:], device=engine.device), guesses))
     input_pos = torch.arange(len(engine.held), len(engine.held) + k + 1, device=engine.device)
     p = probabilities(engine.step(tokens, input_pos, engine.n_read(k + 1)), n_tokens, sampling)
@@ -193,7 +196,7 @@ def speculate(engine: Engine, pending: list[int], k: int, sampling: Sampling, la
         q = F.pad(probabilities(rows, n_common, sampling).to(engine.device), (0, n_tokens - n_common))
     tokens, n = accept(guesses, q, p)
     laps.append(mark(engine.device))
-    *tokens, n = torch.cat((tokens, n)).tolist()
+    *tokens, n = engine.agree(torch.cat((tokens, n))).tolist()
     return tokens[: n + 1], n
 
 
@@ -245,7 +248,7 @@ def generate(
     encoded = now(device)
     n_new = engine.reserve(len(prompt), max_new_tokens, prompt.cross_mask.shape[1])
     n_tokens = engine.model.args.n_tokens
-    ids = draw(probabilities(engine.prefill(prompt), n_tokens, sampling)).tolist()
+    ids = engine.agree(draw(probabilities(engine.prefill(prompt), n_tokens, sampling))).tolist()
     first = time.perf_counter()
     on_tokens(ids)
     result = {
@@ -300,20 +303,26 @@ def speculation_report(counts: list[int], laps: list, seconds: float) -> dict:
     }
 
 
-def load(checkpoint_path: Path, device: str, dtype: torch.dtype) -> tuple[Engine, Tokenizer]:
-    """A converted checkpoint and its tokenizer. Raises ValueError, one line, if it cannot be used."""
+def load(checkpoint_path: Path, device: str, dtype: torch.dtype, ranks=None) -> tuple[Engine, Tokenizer]:
+    """A converted checkpoint, or the part of it that this of several ranks has, and its tokenizer.
+
+    Raises ValueError, one line, if it cannot be used.
+    """
+    check_device(device)
     folder = checkpoint_path.parent
     try:
         params = json.loads((folder / "params.json").read_text())
         args, tokenizer = ModelArgs(**params["model"]), Tokenizer(folder / "tokenizer.model", params["tokenizer"])
+        weights = torch.load(checkpoint_path, mmap=True, weights_only=True, map_location="cpu").items()
+        if ranks:
+            args, weights = ranks.read(checkpoint_path, args)
         with torch.device("meta"):
             model, encoder = Transformer(args), build_encoder(args.vision) if args.vision else None
-        weights = torch.load(checkpoint_path, mmap=True, weights_only=True, map_location="cpu")
+        weights = {name: t.to(device, t.dtype if is_quantized(name, t) else dtype) for name, t in weights}
         if quantized := "output.scale" in weights:
             import quantize
 
             quantize.expect_quantized(model, weights)
-        weights = {name: t.to(device, t.dtype if is_quantized(name, t) else dtype) for name, t in weights.items()}
         if args.tie_embeddings:
             weights.setdefault("output.weight", weights["embedding.weight"])
         parts = nn.ModuleDict({"vision": encoder} if encoder else {})
@@ -326,8 +335,7 @@ def load(checkpoint_path: Path, device: str, dtype: torch.dtype) -> tuple[Engine
         no_room = isinstance(error, (MemoryError, torch.OutOfMemoryError))
         mend = "it needs more memory" if no_room else "convert it (again) with scripts/convert_hf_checkpoint.py"
         raise ValueError(f"cannot load {checkpoint_path} ({one_line(error)[:200]}): {mend}") from error
-    for module in filter(None, (model, encoder)):
-        module.requires_grad_(False).eval()
+    nn.ModuleList(filter(None, (model, encoder))).requires_grad_(False).eval()
     return Engine(model, encoder, step=model), tokenizer
 
 
@@ -531,17 +539,15 @@ def check_device(device: str) -> None:
         raise ValueError(f"--device {device} cannot be used: {one_line(error)[:200]}") from None
 
 
-def load_engine(args: argparse.Namespace) -> tuple[Engine, Tokenizer]:
+def load_engine(args: argparse.Namespace, ranks=None) -> tuple[Engine, Tokenizer]:
     """The model of the flags, with its draft if there is one, compiled if asked."""
     start, dtype = time.perf_counter(), getattr(torch, args.dtype)
-    check_device(args.device)
-    engine, tokenizer = load(args.checkpoint_path, args.device, dtype)
+    engine, tokenizer = ranks.load(load, args) if ranks else load(args.checkpoint_path, args.device, dtype)
     engine.max_cache_size = args.max_cache_size
     engine.cross_attention_seq_length = args.cross_attention_seq_length
     if args.checkpoint_path == DEFAULT_CHECKPOINT and args.draft_checkpoint_path is None:
         args.draft_checkpoint_path = DEFAULT_DRAFT
     if args.draft_checkpoint_path:
-        check_device(args.draft_device or args.device)
         draft, draft_tokenizer = load(args.draft_checkpoint_path, args.draft_device or args.device, dtype)
         if not tokenizer.agrees_with(draft_tokenizer):
             raise ValueError(f"{args.draft_checkpoint_path} has another tokenizer than {args.checkpoint_path}")
@@ -560,28 +566,24 @@ def load_engine(args: argparse.Namespace) -> tuple[Engine, Tokenizer]:
     return engine, tokenizer
 
 
-def run(args: argparse.Namespace) -> int:
-    engine, tokenizer = load_engine(args)
-    profiler = torch.profiler.profile() if args.profile else contextlib.nullcontext()
-    with profiler:
+def run(args: argparse.Namespace, ranks=None) -> int:
+    engine, tokenizer = load_engine(args, ranks)
+    write_trace = lambda profiler: profiler.export_chrome_trace(str(args.profile))
+    with torch.profiler.profile(on_trace_ready=write_trace) if args.profile else contextlib.nullcontext():
         if args.interactive:
-            status = chat(engine, tokenizer, args) or 0
-        elif args.requests:
-            status = run_requests(engine, tokenizer, args)
-        else:
-            prompt = int(args.prompt) if args.prompt.isdecimal() else args.prompt
-            request = {"prompt": prompt, "images": args.image, "raw": args.raw}
-            request |= {"system": args.system} if args.system else {}
-            status = run_samples(engine, tokenizer, request, args) or 0
-    if args.profile:
-        profiler.export_chrome_trace(str(args.profile))
-    return status
+            return chat(engine, tokenizer, args) or 0
+        if args.requests:
+            return run_requests(engine, tokenizer, args)
+        prompt = int(args.prompt) if args.prompt.isdecimal() else args.prompt
+        request = {"prompt": prompt, "images": args.image, "raw": args.raw}
+        request |= {"system": args.system} if args.system else {}
+        return run_samples(engine, tokenizer, request, args) or 0
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None, ranks=None) -> int:
     """0, or 2 for a mistake of the user's: one line on stderr says what is wrong."""
     try:
-        return run(parse_args(argv))
+        return run(parse_args(argv), ranks)
     except (ValueError, OSError) as error:
         log(f"generate.py: {one_line(error)}")
         return 2
@@ -590,4 +592,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        from tp import Ranks
+
+        sys.exit(Ranks("generate.py").run(main))
     sys.exit(main())

@@ -10,7 +10,6 @@ import pytest
 from scripts.scenes import (
     HELD_OUT_SEED,
     SIZES,
-    VALIDATION_SEED,
     held_out_questions,
     make_scene,
 )
@@ -86,11 +85,3 @@ def test_held_out_questions_need_the_image():
     assert len(asked) == 500
     replies = Counter(question.reply for _, question in asked)
     assert replies.most_common(1)[0][1] < 100
-
-
-def test_training_never_sees_a_held_out_seed():
-    train_tiny = pytest.importorskip("scripts.train_tiny", exc_type=ImportError)
-    for family in train_tiny.FAMILIES.values():
-        for recipe in family.recipes.values():
-            seeds = train_tiny.batch_seeds(0, recipe.steps - 1)
-            assert max(seeds) < VALIDATION_SEED < HELD_OUT_SEED
