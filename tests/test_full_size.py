@@ -30,6 +30,7 @@ N_LAYER = {
 
 @pytest.mark.skipif("FULL_SIZE" not in os.environ, reason="FULL_SIZE is not set: needs 20 GB and minutes")
 @pytest.mark.parametrize("name", N_LAYER)
+@torch.inference_mode()
 def test_forward_at_full_size(name):
     args = ModelArgs.named(name)
     if layers := N_LAYER[name]:
