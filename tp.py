@@ -278,6 +278,7 @@ class Ranks:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: None)  # the thread acts: this one may be waiting for another rank
         signal.set_wakeup_fd(self.wakeup, warn_on_full_buffer=False)
+        self.count("beat")  # the first at once: who falls silent now has started
         self.watcher = threading.Thread(target=self.watch, args=(pipe,), daemon=True)
         self.watcher.start()
 
