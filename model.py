@@ -150,11 +150,16 @@ def inverse_frequencies(args: ModelArgs, device) -> Tensor:
     return inv_freq * (keep + (1 - keep) / scaling["factor"])
 
 
+def rope_table(angles: Tensor) -> tuple[Tensor, Tensor]:
+    """For rotate: cos and sin [..., d] of angles [..., d/2]; sin has the sign with which the other half counts."""
+    return torch.cat((angles, angles), dim=-1).cos(), torch.cat((-angles, angles), dim=-1).sin()
+
+
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x [..., S, d] turned by the angles of [S, d], halves paired as the hub stores weights."""
-    first, second = x.float().chunk(2, dim=-1)
-    turned = torch.cat((-second, first), dim=-1)
-    return (x.float() * cos + turned * sin).type_as(x)
+    """x [..., S, d] turned, halves paired as the hub stores weights."""
+    wide = x.float()
+    first, second = wide.chunk(2, dim=-1)
+    return (wide * cos + torch.cat((second, first), dim=-1) * sin).type_as(x)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
@@ -181,8 +186,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, step: Step) -> Tensor:
         heads = self.wqkv(x).unflatten(-1, (-1, self.head_dim)).transpose(0, 1)  # [H + 2G, S, d]
-        q, k, v = heads.split((self.n_head, self.n_kv_head, self.n_kv_head))
-        q, k = rotate(q, step.cos, step.sin), rotate(k, step.cos, step.sin)
+        turned = rotate(heads[: -self.n_kv_head], step.cos, step.sin)
+        q, k, v = turned[: self.n_head], turned[self.n_head :], heads[-self.n_kv_head :]
         self.k_cache[:, step.input_pos] = k
         self.v_cache[:, step.input_pos] = v
         if step.mask is not None:
@@ -293,10 +298,8 @@ class Transformer(nn.Module):
         self.n_slots, self.n_cross = n_slots, n_cross
 
     def angles(self, rope_pos: Tensor) -> tuple[Tensor, Tensor]:
-        """cos and sin [S, d] of the rotary positions [S, 3]."""
-        angles = rope_pos[:, self.rope_axis].float() * self.inv_freq  # [S, d/2]
-        angles = torch.cat((angles, angles), dim=-1)
-        return angles.cos(), angles.sin()
+        """rope_table [S, d] of the rotary positions [S, 3]."""
+        return rope_table(rope_pos[:, self.rope_axis].float() * self.inv_freq)
 
     def forward(self, tokens: Tensor, input_pos: Tensor, n_slots: int | None = None) -> Tensor:
         """Logits [S, V] of tokens [S] that go into the slots input_pos [S]; each sees the slots up to its own.

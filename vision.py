@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Tensor, nn
 
-from model import FeedForward, Prompt, rotate
+from model import FeedForward, Prompt, rope_table, rotate
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 HALF = (0.5, 0.5, 0.5)  # SigLIP's mean and std
@@ -72,7 +72,7 @@ class VisionBlock(nn.Module):
         self.gates = nn.Parameter(torch.zeros(2)) if gated else None
 
     def forward(self, x: Tensor, mask: Tensor | None = None, rope: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        """mask [B, 1, 1 or L, L] bool: which patches may be seen; rope: cos and sin [B, 1, L, E / n_head]."""
+        """mask [B, 1, 1 or L, L] bool: which patches may be seen; rope: rope_table [B, 1, L, E / n_head]."""
         q, k, v = self.wqkv(self.norm1(x)).unflatten(-1, (3, self.n_head, -1)).permute(2, 0, 3, 1, 4)
         if rope is not None:
             q, k = rotate(q, *rope), rotate(k, *rope)
@@ -158,8 +158,7 @@ class QwenEncoder(nn.Module):
         real = index >= 0
         window_mask = None if real.all() else real[:, None, None].to(pixels.device)  # [W, 1, 1, L]
         full_mask = None if real.all() else window_mask.reshape(1, 1, 1, -1)
-        angles = self.patch_angles(grid)[index].repeat(1, 1, 2)[:, None].to(pixels.device)  # [W, 1, L, E / n_head]
-        window_rope = angles.cos(), angles.sin()
+        window_rope = rope_table(self.patch_angles(grid)[index][:, None].to(pixels.device))  # [W, 1, L, E / n_head]
         full_rope = tuple(t.reshape(1, 1, -1, t.shape[-1]) for t in window_rope)
         x = self.patch_embed(pixels)[index.to(pixels.device)]  # [W, L, E]
         for i, block in enumerate(self.blocks):

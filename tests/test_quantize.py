@@ -71,38 +71,58 @@ def test_layer(mode, dtype, device, compiled):
 @pytest.mark.parametrize(
     "mode, dtype, kernel",
     [
-        ("int8", torch.bfloat16, "Int8Cpu"),
-        ("int8", torch.float32, "Int8Cpu"),
-        ("int4", torch.bfloat16, "Int4Cpu"),
+        ("int8", torch.bfloat16, "CpuLinear"),
+        ("int8", torch.float32, "CpuLinear"),
+        ("int4", torch.bfloat16, "CpuLinear"),
+        ("int4", torch.float16, "CpuLinear"),
         ("int4", torch.float32, "Linear"),
         ("fp8", torch.bfloat16, "Linear"),
     ],
 )
 def test_kernels_of_the_cpu(mode, dtype, kernel):
     """Were a kernel refused everywhere, everything would still be right, and slow."""
-    if kernel == "Int8Cpu" and not quantize.adds_exactly():
-        pytest.skip("this CPU has no VNNI instructions")
+    if kernel == "CpuLinear" and quantize.cpu_library() is None:
+        pytest.skip("no C++ compiler, or a CPU without AVX-512 VNNI")
     assert type(pack_layer(make_layer(mode, 256, 896)[0], dtype)).__name__ == kernel
 
 
-def test_int8_without_exact_sums(monkeypatch):
-    """What CPUs without VNNI instructions use."""
-    monkeypatch.setattr(quantize, "adds_exactly", lambda: False)
-    layer, reference = make_layer("int8", 256, 896, bias=False)
+@pytest.fixture
+def without_compiler(monkeypatch, tmp_path):
+    quantize.cpu_library.cache_clear()
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    yield tmp_path
+    quantize.cpu_library.cache_clear()
+
+
+@pytest.mark.parametrize("mode, kernel", [("int8", quantize.Int8Pack), ("int4", quantize.Int4Cpu)])
+def test_without_a_compiler(without_compiler, capsys, mode, kernel):
+    """What the CPU uses where quantize.cpp cannot be built or run: PyTorch's products, for bfloat16."""
+    layer, reference = make_layer(mode, 256, 896, bias=False)
     x = torch.randn(6, 896).bfloat16()
     packed = pack_layer(layer, torch.bfloat16)
-    assert isinstance(packed, quantize.Int8Pack)
+    assert isinstance(packed, kernel)
     assert relative(packed(x), reference(x.float())) < 1e-2
     assert type(pack_layer(layer, torch.float32)) is nn.Linear
+    assert capsys.readouterr().err.count("\n") <= 1
+    assert not list(without_compiler.rglob("*.*")), "nothing half-built stays"
 
 
 @torch.inference_mode()
-def test_an_int8_token_does_not_depend_on_its_neighbours():
-    packed = pack_layer(make_layer("int8", 256, 896)[0], torch.float32)
-    if not isinstance(packed, quantize.Int8Cpu):
-        pytest.skip("this CPU has no VNNI instructions")
-    x = torch.randn(8, 896)
-    assert torch.equal(packed(x), torch.cat([packed(row[None]) for row in x]))
+@pytest.mark.parametrize("mode, dtype", [("int8", torch.float32), ("int4", torch.float16)])
+def test_a_token_does_not_depend_on_its_neighbours(mode, dtype):
+    packed = pack_layer(make_layer(mode, 256, 896)[0], dtype)
+    if not isinstance(packed, quantize.CpuLinear):
+        pytest.skip("no C++ compiler, or a CPU without AVX-512 VNNI")
+    x = torch.randn(20, 896).to(dtype)
+    x[7] = float("nan")
+    x[9, 5] = float("inf")
+    y = packed(x)
+    assert torch.equal(y.nan_to_num(), torch.cat([packed(row[None]) for row in x]).nan_to_num())
+    assert y[7].isnan().all() and not y[9].isfinite().any(), "what is wrong with a token is seen"
+    assert y[[i for i in range(20) if i not in (7, 9)]].isfinite().all()
+    every_other = torch.randn(3, 1792).to(dtype)[:, ::2]
+    assert torch.equal(packed(every_other), packed(every_other.contiguous()))
 
 
 @pytest.mark.parametrize("group, most", [(32, 0.87), (64, 0.91), (128, 0.93)])
