@@ -8,12 +8,11 @@
 // numbers in two bytes each: x = step * (256 * high + low), rounded to 2^-16 of the range of their group. All sums
 // within a group (of int8: the row) are exact integers, and a token's result does not depend on the tokens beside it.
 //
-// Shapes: S tokens, N outputs, K inputs, G groups of a row. A block is 32 outputs, two registers of 16. A turn is 8
-// inputs, two instructions for each register.
+// Shapes: S tokens, N outputs, K inputs, G groups of a row. A block is 32 outputs, two registers of 16, and the least
+// that a thread gets. A turn is 8 inputs. 32 bits hold the sums of 2^16 inputs of int8, and of 2^13 in a group of int4.
 
 #include <immintrin.h>
 
-#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <vector>
@@ -25,34 +24,36 @@ namespace {
 constexpr int LANES = 16;
 constexpr int BLOCK = 2 * LANES;
 constexpr int TURN = 8;
-constexpr int AHEAD = 2048;  // bytes of weights, asked for early: worth a tenth of int4's speed
-constexpr int MOST = 6;  // tokens at a time, whose sums fit the registers
+constexpr int AHEAD = 2048;  // bytes of weights, asked for early: worth a tenth of the speed
+constexpr int MAX_TOKENS = 6;  // at a time, whose sums fit the registers
 
 // A group of a token's inputs.
 struct Group {
-    float step;         // an input is step * (256 * high + low)
-    float total;        // of the inputs
-    int32_t high, low;  // where the sums start, because codes are not the numbers that are scaled: code - 128, code - 8
+    float step;                     // an input is step * (256 * high + low)
+    float total;                    // of the inputs
+    int32_t high_start, low_start;  // of the sums, because what is scaled is not a code: code - 128, code - 8
 };
 
-// Up to MOST tokens, as the inner loop wants them.
+// Up to MAX_TOKENS tokens, as the inner loop wants them.
 struct Tokens {
     int64_t count;
     std::vector<int32_t> quads;  // [K / 8, count, 4] of four bytes each: high, low, and of the next four high, low
     std::vector<Group> groups;   // [G, count]
 };
 
-// quads: where the first four inputs go; stride: to those four after.
+// quads: where the first turn goes; stride: from there to the next.
 template <int BITS>
 Group split(const float* x, int64_t k, int32_t* quads, int64_t stride) {
     __m512 largest = _mm512_set1_ps(1e-30f);
-    __mmask16 nan = 0;  // the maximum does not hand it on
+    const __m512 infinity = _mm512_set1_ps(INFINITY);
+    __mmask16 bad = 0;  // infinite, or not a number, which a maximum does not hand on
     for (int64_t i = 0; i < k; i += LANES) {
-        const __m512 part = _mm512_loadu_ps(x + i);
-        largest = _mm512_max_ps(largest, _mm512_abs_ps(part));
-        nan |= _mm512_cmp_ps_mask(part, part, _CMP_UNORD_Q);
+        const __m512 part = _mm512_abs_ps(_mm512_loadu_ps(x + i));
+        largest = _mm512_max_ps(largest, part);
+        bad |= _mm512_cmp_ps_mask(part, infinity, _CMP_NLT_UQ);
     }
-    const float step = nan ? NAN : _mm512_reduce_max_ps(largest) / (127 * 256);
+    if (bad) return {NAN, NAN, 0, 0};
+    const float step = _mm512_reduce_max_ps(largest) / (127 * 256);
     __m512i high_sum = _mm512_setzero_si512(), low_sum = _mm512_setzero_si512();
     for (int64_t i = 0; i < k; i += LANES, quads += 2 * stride) {
         const __m512i whole = _mm512_cvtps_epi32(_mm512_div_ps(_mm512_loadu_ps(x + i), _mm512_set1_ps(step)));
@@ -88,12 +89,11 @@ void multiply(const uint8_t* w, const void* scales, const Tokens& tokens, int64_
         __m512i high[ROWS][2], low[ROWS][2];
         UNROLL for (int r = 0; r < ROWS; r++)
             UNROLL for (int b = 0; b < 2; b++) {
-                high[r][b] = _mm512_set1_epi32(group[r].high);
-                low[r][b] = _mm512_set1_epi32(group[r].low);
+                high[r][b] = _mm512_set1_epi32(group[r].high_start);
+                low[r][b] = _mm512_set1_epi32(group[r].low_start);
             }
         for (int64_t turn = 0; turn < k / groups / TURN; turn++, w += BLOCK * BITS, quads += 4 * ROWS) {
-            _mm_prefetch((const char*)w + AHEAD, _MM_HINT_T0);
-            _mm_prefetch((const char*)w + AHEAD + 64, _MM_HINT_T0);
+            for (int line = 0; line < BLOCK * BITS; line += 64) _mm_prefetch((const char*)w + AHEAD + line, _MM_HINT_T0);
             for (int half = 0; half < 2; half++) {
                 __m512i codes[2];
                 UNROLL for (int b = 0; b < 2; b++) {
@@ -131,30 +131,31 @@ void multiply(const uint8_t* w, const void* scales, const Tokens& tokens, int64_
 }
 
 template <int BITS>
-void multiply_all(const float* x, const uint8_t* w, const uint8_t* scales, const float* bias, float* y, int64_t s,
-                  int64_t n, int64_t k, int64_t groups) {
+void multiply_all(int threads, const float* x, const uint8_t* w, const uint8_t* scales, const float* bias, float* y,
+                  int64_t s, int64_t n, int64_t k, int64_t groups) {
     constexpr decltype(&multiply<BITS, 1>) kernels[] = {multiply<BITS, 1>, multiply<BITS, 2>, multiply<BITS, 3>,
                                                         multiply<BITS, 4>, multiply<BITS, 5>, multiply<BITS, 6>};
-    const int64_t n_chunks = (s + MOST - 1) / MOST, most = (s + n_chunks - 1) / n_chunks;  // of about the same size
-    std::vector<Tokens> chunks;
-    for (int64_t first = 0; first < s; first += most) {
-        const int64_t count = std::min(most, s - first);
-        Tokens tokens{count, std::vector<int32_t>(k / TURN * count * 4), std::vector<Group>(groups * count)};
+    std::vector<Tokens> chunks((s + MAX_TOKENS - 1) / MAX_TOKENS);
+    const int64_t n_chunks = chunks.size(), width = k / groups;
+#pragma omp parallel for num_threads(threads) if (n_chunks > 1)
+    for (int64_t i = 0; i < n_chunks; i++) {
+        const int64_t first = i * s / n_chunks, count = (i + 1) * s / n_chunks - first;  // of about the same size
+        Tokens& tokens = chunks[i];
+        tokens = {count, std::vector<int32_t>(k / TURN * count * 4), std::vector<Group>(groups * count)};
         for (int64_t row = 0; row < count; row++) {
-            const float* inputs = x + (first + row) * k;
-            for (int64_t g = 0; g < groups; g++, inputs += k / groups) {
-                int32_t* quads = &tokens.quads[(g * (k / groups) / TURN * count + row) * 4];
-                tokens.groups[g * count + row] = split<BITS>(inputs, k / groups, quads, 4 * count);
+            for (int64_t g = 0; g < groups; g++) {
+                int32_t* quads = &tokens.quads[(g * width / TURN * count + row) * 4];
+                const float* inputs = x + (first + row) * k + g * width;
+                tokens.groups[g * count + row] = split<BITS>(inputs, width, quads, 4 * count);
             }
         }
-        chunks.push_back(std::move(tokens));
     }
     const int64_t block_bytes = BLOCK * k * BITS / 8, scale_bytes = BLOCK * groups * 4;
-#pragma omp parallel for schedule(static)
+#pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t block = 0; block < (n + BLOCK - 1) / BLOCK; block++) {
         float* out = y;
         for (const Tokens& tokens : chunks) {
-            __m512 sums[MOST][2];
+            __m512 sums[MAX_TOKENS][2];
             kernels[tokens.count - 1](w + block * block_bytes, scales + block * scale_bytes, tokens, k, groups, sums);
             for (int64_t row = 0; row < tokens.count; row++, out += n) {
                 for (int64_t b = 0, first = block * BLOCK; b < 2 && first < n; b++, first += LANES) {
@@ -169,9 +170,7 @@ void multiply_all(const float* x, const uint8_t* w, const uint8_t* scales, const
 
 }  // namespace
 
-extern "C" bool can_run() { return __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw"); }
-
-extern "C" void multiply(int bits, const float* x, const uint8_t* w, const uint8_t* scales, const float* bias, float* y,
-                         int64_t s, int64_t n, int64_t k, int64_t groups) {
-    (bits == 8 ? multiply_all<8> : multiply_all<4>)(x, w, scales, bias, y, s, n, k, groups);
+extern "C" void block_product(int bits, int threads, const float* x, const uint8_t* w, const uint8_t* scales,
+                              const float* bias, float* y, int64_t s, int64_t n, int64_t k, int64_t groups) {
+    (bits == 8 ? multiply_all<8> : multiply_all<4>)(threads, x, w, scales, bias, y, s, n, k, groups);
 }

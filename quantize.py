@@ -22,7 +22,8 @@ import hashlib
 import json
 import mmap
 import os
-import platform
+import shlex
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -31,6 +32,7 @@ from functools import cache
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model import ModelArgs, Transformer
@@ -43,11 +45,10 @@ REFITS = 2
 BLOCK = 2**20  # weights that are worked on at a time
 INT8_ROWS = 32  # CUDA's int8 product takes more than 16 rows, in steps of 8
 FP8_ROWS = 16
-CPU_BLOCK = 32  # outputs that quantize.cpp works on at a time
+CPU_BLOCK, CPU_LANES = 32, 16  # quantize.cpp's: outputs that it works on at a time; inputs that it reads at a time
 # -fno-tree-pre: with that optimization GCC keeps more values than there are registers. -fopenmp is for compiling only:
-# what is linked without it finds the OpenMP that PyTorch has loaded, and its threads.
+# linked without it, and with PyTorch's library, the code uses the OpenMP that PyTorch uses, and its threads.
 CPU_FLAGS = ["-O3", "-std=c++17", "-fPIC", "-fopenmp", "-fno-tree-pre", "-mavx512f", "-mavx512bw", "-mavx512vnni"]
-ROOT = Path(__file__).resolve().parent
 
 
 def by_rows(change: Callable[..., tuple], *tensors: Tensor) -> list[Tensor]:
@@ -193,8 +194,8 @@ def linears(model: nn.Module, kind: type = nn.Linear) -> dict[str, nn.Module]:
 
 def pack(model: nn.Module, dtype: torch.dtype) -> None:
     """Replace the quantized layers by the fastest that their device has for activations of dtype."""
-    for name, layer in linears(model, QuantizedLinear).items():
-        model.set_submodule(name, pack_layer(layer, dtype))
+    for name in list(linears(model, QuantizedLinear)):  # names alone, so that a layer is freed when it is packed
+        model.set_submodule(name, pack_layer(model.get_submodule(name), dtype))
 
 
 def pack_layer(layer: QuantizedLinear, dtype: torch.dtype) -> nn.Module:
@@ -233,60 +234,76 @@ def split_int8(x: Tensor) -> tuple[Tensor, Tensor]:
 
 @cache
 def cpu_library() -> ctypes.CDLL | None:
-    """quantize.cpp, built when it or its flags have changed; None where it cannot be built or cannot run."""
-    if sys.platform != "linux" or platform.machine() != "x86_64":
+    """quantize.cpp, built when it or its flags have changed; None where it cannot run or cannot be built."""
+    info = Path("/proc/cpuinfo")
+    if not info.exists() or not {"avx512bw", "avx512_vnni"} <= set(info.read_text().split()):
         return None
-    source = ROOT / "quantize.cpp"
-    command = [os.environ.get("CXX", "c++"), *CPU_FLAGS]
-    key = hashlib.sha256(source.read_bytes() + repr(command).encode()).hexdigest()[:16]
-    folder = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "multimodal-gpt-fast"
-    target = folder / f"quantize-{key}.so"
     try:
-        if not target.exists():
-            folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=folder) as scratch:  # other processes may build it at this moment
-                built, linked = (str(Path(scratch) / name) for name in ("quantize.o", "quantize.so"))
-                subprocess.run([*command, "-c", str(source), "-o", built], check=True, capture_output=True)
-                subprocess.run([command[0], "-shared", built, "-o", linked], check=True, capture_output=True)
-                os.replace(linked, target)
-        library = ctypes.CDLL(str(target))
-    except (OSError, subprocess.CalledProcessError) as error:
-        reason = " ".join(str(error).split())[:200]
-        print(f"quantize.cpp cannot be built, PyTorch's slower kernels are used: {reason}", file=sys.stderr)
+        library = build_library()
+    except (OSError, RuntimeError, subprocess.CalledProcessError) as error:  # RuntimeError: no home folder
+        lines = (getattr(error, "stderr", None) or str(error)).splitlines()
+        reason = next((line for line in lines if "error" in line), lines[0] if lines else error)
+        print(f"quantize.cpp cannot be used, PyTorch's slower kernels are: {reason}", file=sys.stderr)
         return None
     pointer, number = ctypes.c_void_p, ctypes.c_int64
-    library.can_run.restype = ctypes.c_bool
-    library.multiply.argtypes = [ctypes.c_int, *[pointer] * 5, *[number] * 4]
-    return library if library.can_run() else None
+    library.block_product.argtypes = [ctypes.c_int, ctypes.c_int, *[pointer] * 5, *[number] * 4]
+    library.block_product.restype = None
+    return library
 
 
-def define(schema: str, run: Callable, shape: Callable) -> Callable:
+def build_library() -> ctypes.CDLL:
+    """From the cache, or else built and put there if it can be written. Raises OSError or CalledProcessError."""
+    source, compiler = Path(__file__).with_name("quantize.cpp"), shlex.split(os.environ.get("CXX", "")) or ["g++"]
+    torch_library = str(Path(torch.__file__).parent / "lib/libtorch_cpu.so")
+    key = hashlib.sha256(source.read_bytes() + repr([compiler, CPU_FLAGS, torch_library]).encode()).hexdigest()[:16]
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "multimodal-gpt-fast"
+    target = folder / f"quantize-{key}.so"
+    with contextlib.suppress(OSError):
+        return ctypes.CDLL(str(target))
+    with tempfile.TemporaryDirectory() as scratch:
+        built, linked = f"{scratch}/quantize.o", f"{scratch}/quantize.so"
+        link = ["-shared", built, "-Wl,--no-as-needed", torch_library, "-o", linked]
+        for step in ([*CPU_FLAGS, "-c", str(source), "-o", built], link):
+            subprocess.run([*compiler, *step], check=True, capture_output=True, text=True)
+        library = ctypes.CDLL(linked)
+        with contextlib.suppress(OSError):
+            folder.mkdir(parents=True, exist_ok=True)
+            part = target.with_suffix(f".{os.getpid()}")  # others may do the same at this moment
+            shutil.copy(linked, part)
+            os.replace(part, target)
+    return library
+
+
+def define(schema: str, backend: str, run: Callable, shape: Callable) -> Callable:
     """An operator that compiled code calls as it is. shape: what it returns, without the numbers."""
     name, bracket, rest = schema.partition("(")
-    torch.library.define(f"quantize::{name}", bracket + rest)
-    torch.library.impl(f"quantize::{name}", "CompositeExplicitAutograd", run)
-    torch.library.register_fake(f"quantize::{name}", shape)
-    return getattr(torch.ops.quantize, name)
+    torch.library.define(f"multimodal_gpt_fast::{name}", bracket + rest)
+    torch.library.impl(f"multimodal_gpt_fast::{name}", backend, run)
+    torch.library.register_fake(f"multimodal_gpt_fast::{name}", shape)
+    return getattr(torch.ops.multimodal_gpt_fast, name)
 
 
 def multiply_blocks(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, n: int) -> Tensor:
-    """float32 [S, N] of x [S, K] float32 and the parts of a CpuLinear."""
-    x, y = x.contiguous(), x.new_empty(len(x), n)
+    """float32 [S, N] of x [S, K] float32 and the parts of a BlockLinear. Raises RuntimeError for another K."""
     bits, groups = (8, 1) if scale.dtype == torch.float32 else (4, scale.shape[1])
+    if x.shape[1] * bits != weight.shape[1] * 8:
+        raise RuntimeError(f"{x.shape[1]} columns times weights of {weight.shape[1] * 8 // bits}")
+    x, y = x.contiguous(), x.new_empty(len(x), n)
     offset = None if bias is None else bias.data_ptr()
     pointers = x.data_ptr(), weight.data_ptr(), scale.data_ptr(), offset, y.data_ptr()
-    cpu_library().multiply(bits, *pointers, len(x), n, x.shape[1], groups)
+    cpu_library().block_product(bits, torch.get_num_threads(), *pointers, len(x), n, x.shape[1], groups)
     return y
 
 
 block_product = define(
     "block_product(Tensor x, Tensor weight, Tensor scale, Tensor? bias, int n) -> Tensor",
+    "CPU",
     multiply_blocks,
     lambda x, weight, scale, bias, n: x.new_empty(x.shape[0], n),  # len() would fix a size that may vary
 )
 
 
-class CpuLinear(nn.Module):
+class BlockLinear(nn.Module):
     """quantize.cpp's products of int8 and int4, for one token and for several.
 
     One token on Qwen2.5-0.5B's layers, 2 cores of an AMD EPYC (Zen 5) that read 67 GB/s: int8 59 GB/s, where oneDNN's
@@ -295,39 +312,47 @@ class CpuLinear(nn.Module):
 
     def __init__(self, layer: QuantizedLinear, dtype: torch.dtype):
         super().__init__()
-        self.out_features, groups = layer.weight.shape[0], layer.scale[0].numel()
-        self.in_features = layer.weight.shape[1] * (1 if layer.zero is None else 2)
-        exact = layer.zero is not None and dtype == torch.float32  # what float32 is asked for: int4 is expanded
-        if exact or cpu_library() is None or self.in_features // groups % 16:
+        int4, groups = layer.zero is not None, layer.scale[0].numel()
+        self.out_features = layer.weight.shape[0]
+        self.in_features = layer.weight.shape[1] * (2 if int4 else 1)
+        expand = int4 and dtype == torch.float32  # which is asked for where results must be exact
+        if expand or cpu_library() is None or self.in_features % (groups * CPU_LANES):
             raise NotImplementedError
-        parts = filter(lambda part: part is not None, (layer.weight, layer.scale, layer.zero))
-        weight, scale, *zero = (pad_rows(part.data, CPU_BLOCK) for part in parts)
-        (weight,) = by_rows(self.order_int4 if zero else self.order_int8, weight)
-        if zero:  # [blocks, G, 2, 32]
-            scale = torch.stack((scale, *zero), dim=-1).unflatten(0, (-1, CPU_BLOCK)).permute(0, 2, 3, 1).contiguous()
+        (weight,) = by_rows(order_int4 if int4 else order_int8, whole_blocks(layer.weight.data))
+        scale = whole_blocks(layer.scale.data)
+        if int4:  # [blocks, G, 2, 32]
+            lines = torch.stack((scale, whole_blocks(layer.zero.data)), dim=-1)
+            scale = lines.unflatten(0, (-1, CPU_BLOCK)).permute(0, 2, 3, 1).contiguous()
         self.weight, self.scale = frozen(weight), frozen(scale)
         self.bias = None if layer.bias is None else frozen(layer.bias.float())
-
-    @staticmethod
-    def order_int8(weight: Tensor) -> tuple[Tensor]:
-        """[N, K] as [N / 32, K / 4, 32, 4] codes, w + 128."""
-        blocks = (weight.view(torch.uint8) ^ 128).view(-1, CPU_BLOCK, weight.shape[1] // 4, 4)
-        return (blocks.transpose(1, 2).reshape(weight.shape),)
-
-    @staticmethod
-    def order_int4(weight: Tensor) -> tuple[Tensor]:
-        """[N, K/2] as [N / 32, K / 8, 32, 4]: column j in the lower half of a byte, j + 4 in the upper."""
-        blocks = unpack_codes(weight).view(-1, CPU_BLOCK, weight.shape[1] // 4, 2, 4)
-        first, second = blocks.permute(3, 0, 2, 1, 4)
-        return ((first | second << 4).reshape(weight.shape),)
 
     def forward(self, x: Tensor) -> Tensor:
         return block_product(x.float(), self.weight, self.scale, self.bias, self.out_features).to(x.dtype)
 
 
+def whole_blocks(rows: Tensor) -> Tensor:
+    """Filled up with rows of zeros."""
+    missing = -len(rows) % CPU_BLOCK
+    return torch.cat((rows, rows.new_zeros(missing, *rows.shape[1:]))) if missing else rows.contiguous()
+
+
+def order_int8(weight: Tensor) -> tuple[Tensor]:
+    """[N, K] as [N / 32, K / 4, 32, 4] codes, w + 128."""
+    blocks = (weight.view(torch.uint8) ^ 128).view(-1, CPU_BLOCK, weight.shape[1] // 4, 4)
+    return (blocks.transpose(1, 2).reshape(weight.shape),)
+
+
+def order_int4(weight: Tensor) -> tuple[Tensor]:
+    """[N, K/2] as [N / 32, K / 8, 32, 4]: column j in the lower half of a byte, j + 4 in the upper."""
+    blocks = unpack_codes(weight).view(-1, CPU_BLOCK, weight.shape[1] // 4, 2, 4)
+    first, second = blocks.permute(3, 0, 2, 1, 4)
+    return ((first | second << 4).reshape(weight.shape),)
+
+
 # An operator of its own, because Inductor takes oneDNN's for constant weights only.
 packed_product = define(
     "packed_product(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
+    "CompositeExplicitAutograd",  # the weight is oneDNN's
     lambda x, weight, bias: torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], ""),
     lambda x, weight, bias: x.new_empty(x.shape[0], weight.shape[0]),
 )
@@ -351,9 +376,9 @@ class PackedLinear(nn.Module):
 
 def pack_whole(model: nn.Module) -> None:
     """Put PackedLinear in the place of layers that are not quantized, where oneDNN takes their device and dtype."""
-    for name, linear in linears(model).items():
+    for name in list(linears(model)):
         with contextlib.suppress(RuntimeError, AttributeError):
-            model.set_submodule(name, PackedLinear(linear))
+            model.set_submodule(name, PackedLinear(model.get_submodule(name)))
 
 
 class Int8Pack(nn.Module):
@@ -361,9 +386,9 @@ class Int8Pack(nn.Module):
 
     def __init__(self, layer: QuantizedLinear, dtype: torch.dtype):
         super().__init__()
-        if dtype != torch.bfloat16:
-            raise NotImplementedError
         self.in_features = layer.weight.shape[1]
+        if dtype != torch.bfloat16 or self.in_features % 16:  # of other widths it reads past the end
+            raise NotImplementedError
         self.weight, self.scale, self.bias = layer.weight, layer.scale, layer.bias
         self.ones = frozen(torch.ones_like(layer.scale, dtype=dtype))
 
@@ -389,8 +414,7 @@ class Int8Cuda(nn.Module):
 
 
 def pad_rows(rows: Tensor, multiple: int) -> Tensor:
-    missing = -len(rows) % multiple
-    return torch.cat((rows, rows.new_zeros(missing, *rows.shape[1:]))) if missing else rows
+    return F.pad(rows, (0, 0, 0, -len(rows) % multiple))
 
 
 class Int4(nn.Module):
@@ -454,9 +478,9 @@ def add_bias(y: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
 
 
 KERNELS = {
-    (torch.int8, "cpu"): (CpuLinear, Int8Pack),
+    (torch.int8, "cpu"): (BlockLinear, Int8Pack),
     (torch.int8, "cuda"): (Int8Cuda,),
-    (torch.uint8, "cpu"): (CpuLinear, Int4Cpu),
+    (torch.uint8, "cpu"): (BlockLinear, Int4Cpu),
     (torch.uint8, "cuda"): (Int4Cuda,),
     (torch.float8_e4m3fn, "cuda"): (Fp8Cuda,),
 }
@@ -562,7 +586,8 @@ def quantize_layer(w: Tensor, mode: str, group: int, **search) -> tuple[list[Ten
 
 def quantize_in_place(model: nn.Module, mode: str, group: int, dtype: torch.dtype, **search) -> None:
     """Quantize and pack the linear layers of a model that is in memory."""
-    for name, linear in linears(model).items():
+    for name in list(linears(model)):
+        linear = model.get_submodule(name)
         layer = QuantizedLinear(linear, mode, linear.in_features // group_for(linear.in_features, group))
         parts, *_ = quantize_layer(linear.weight.data, mode, group_for(linear.in_features, group), **search)
         state = dict(zip(("weight", "scale", "zero"), parts))
