@@ -183,13 +183,19 @@ class LlamaCpp:
             n_slots = -(-(n_prompt + 64) // 256) * 256
             spawn.Process(target=serve_llama_cpp, args=(theirs, path, n_slots, n_threads), daemon=True).start()
             theirs.close()
-            self.connection.recv()  # it has loaded the file
+            self.receive()  # it has loaded the file
 
     def ask(self, n: int) -> dict:
         self.prompt[0] = 1000 + next(self.numbers)  # another prompt each time: nothing is taken from its cache
         request = {"prompt": self.prompt, "n_predict": n, "ignore_eos": True, "cache_prompt": False, "temperature": 0}
         self.connection.send(request)
-        return self.connection.recv()
+        return self.receive()
+
+    def receive(self):
+        try:
+            return self.connection.recv()
+        except EOFError:
+            raise ValueError("llama.cpp ended before its time; what it said stands above") from None
 
     def prefill(self) -> float:
         return self.ask(1)["prompt_ms"] / 1000
