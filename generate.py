@@ -64,8 +64,9 @@ class Engine:
         return self.model.n_slots - len(self.held)
 
     def n_read(self, n: int) -> int:
-        """Slots that a step on n tokens more reads: few different numbers, since each has a CUDA graph of its own."""
-        return min(max(64, 1 << (len(self.held) + n - 1).bit_length()), self.model.n_slots)
+        """Slots that a step on n tokens more reads; on GPUs few different numbers, each has a CUDA graph of its own."""
+        grain = 64 if self.device.type == "cpu" else max(64, 1 << (len(self.held) + n - 1).bit_length())
+        return min(-(-(len(self.held) + n) // grain) * grain, self.model.n_slots)
 
     def prompt(self, tokens: list[int], images: list[Image.Image]) -> Prompt:
         image_id = self.model.args.image_token_id

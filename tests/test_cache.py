@@ -44,7 +44,7 @@ def test_slots_that_are_not_in_use_are_not_read(pair, n_tokens):
 
 @torch.inference_mode()
 def test_slots_that_steps_read(pair, monkeypatch):
-    """As many as are in use, rounded up to few different numbers; to the last slot of the cache."""
+    """As many as are in use, rounded up, on a GPU to few different numbers; to the last slot of the cache."""
     pair, n_slots = pair("qwen2"), []
     pair.model.setup_caches(300)
     forward = pair.model.forward
@@ -57,7 +57,11 @@ def test_slots_that_steps_read(pair, monkeypatch):
     monkeypatch.setattr(pair.engine, "step", step)
     monkeypatch.setattr(pair.engine, "max_cache_size", 300)
     generate.generate(pair.engine, [20] * 10, [], 500)
-    assert [n_slots.count(n) for n in (64, 128, 256, 300)] == [54, 64, 128, 44]
+    assert [n_slots.count(n) for n in (64, 128, 192, 256, 300)] == [54, 64, 64, 64, 44]
+    monkeypatch.setattr(generate.Engine, "device", torch.device("cuda"))
+    for held, n, expected in ((10, 1, 64), (63, 1, 64), (63, 2, 128), (128, 1, 256), (250, 6, 256), (256, 1, 300)):
+        pair.engine.held = [0] * held
+        assert pair.engine.n_read(n) == expected
 
 
 @pytest.mark.parametrize("family", VL_FAMILIES)
