@@ -34,6 +34,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.library import define, impl, register_fake
 
 from model import ModelArgs, Transformer
 
@@ -198,6 +199,10 @@ def pack(model: nn.Module, dtype: torch.dtype) -> None:
         model.set_submodule(name, pack_layer(model.get_submodule(name), dtype))
 
 
+class Refused(RuntimeError):
+    """A kernel is not for this layer, dtype or machine: pack_layer tries the next, or expands the weights."""
+
+
 def pack_layer(layer: QuantizedLinear, dtype: torch.dtype) -> nn.Module:
     """Kernels come and go with the device, its driver, the size and the version of PyTorch: one is tried, on one token.
 
@@ -210,7 +215,7 @@ def pack_layer(layer: QuantizedLinear, dtype: torch.dtype) -> nn.Module:
             return packed
         except torch.OutOfMemoryError:
             raise
-        except (RuntimeError, AttributeError):  # NotImplementedError is a RuntimeError
+        except (RuntimeError, AttributeError):  # refused by the kernel's own check, or by PyTorch
             continue
     linear = nn.Linear(1, 1, device="meta")
     tensors = (t for t in (layer.weight, layer.scale, layer.zero) if t is not None)
@@ -274,12 +279,13 @@ def build_library() -> ctypes.CDLL:
     return library
 
 
-def define(schema: str, backend: str, run: Callable, shape: Callable) -> Callable:
+def make_operator(schema: str, backend: str, run: Callable, shape: Callable) -> Callable:
     """An operator that compiled code calls as it is. shape: what it returns, without the numbers."""
     name, bracket, rest = schema.partition("(")
-    torch.library.define(f"multimodal_gpt_fast::{name}", bracket + rest)
-    torch.library.impl(f"multimodal_gpt_fast::{name}", backend, run)
-    torch.library.register_fake(f"multimodal_gpt_fast::{name}", shape)
+    full_name = f"multimodal_gpt_fast::{name}"
+    define(full_name, bracket + rest)
+    impl(full_name, backend, run)
+    register_fake(full_name, shape)
     return getattr(torch.ops.multimodal_gpt_fast, name)
 
 
@@ -295,7 +301,7 @@ def multiply_blocks(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | Non
     return y
 
 
-block_product = define(
+block_product = make_operator(
     "block_product(Tensor x, Tensor weight, Tensor scale, Tensor? bias, int n) -> Tensor",
     "CPU",
     multiply_blocks,
@@ -317,7 +323,7 @@ class BlockLinear(nn.Module):
         self.in_features = layer.weight.shape[1] * (2 if int4 else 1)
         expand = int4 and dtype == torch.float32  # which is asked for where results must be exact
         if expand or cpu_library() is None or self.in_features % (groups * CPU_LANES):
-            raise NotImplementedError
+            raise Refused
         (weight,) = by_rows(order_int4 if int4 else order_int8, whole_blocks(layer.weight.data))
         scale = whole_blocks(layer.scale.data)
         if int4:  # [blocks, G, 2, 32]
@@ -350,7 +356,7 @@ def order_int4(weight: Tensor) -> tuple[Tensor]:
 
 
 # An operator of its own, because Inductor takes oneDNN's for constant weights only.
-packed_product = define(
+packed_product = make_operator(
     "packed_product(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
     "CompositeExplicitAutograd",  # the weight is oneDNN's
     lambda x, weight, bias: torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], ""),
@@ -388,7 +394,7 @@ class Int8Pack(nn.Module):
         super().__init__()
         self.in_features = layer.weight.shape[1]
         if dtype != torch.bfloat16 or self.in_features % 16:  # of other widths it reads past the end
-            raise NotImplementedError
+            raise Refused
         self.weight, self.scale, self.bias = layer.weight, layer.scale, layer.bias
         self.ones = frozen(torch.ones_like(layer.scale, dtype=dtype))
 
@@ -423,7 +429,7 @@ class Int4(nn.Module):
     def __init__(self, layer: QuantizedLinear, dtype: torch.dtype):
         super().__init__()
         if dtype != torch.bfloat16:
-            raise NotImplementedError
+            raise Refused
         self.in_features = 2 * layer.weight.shape[1]
         self.group = self.in_features // layer.scale.shape[1]
         lines = torch.stack((layer.scale, layer.zero), dim=-1)  # [N, G, 2]
