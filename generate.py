@@ -555,10 +555,10 @@ def load_engine(args: argparse.Namespace, ranks=None) -> tuple[Engine, Tokenizer
         draft.max_cache_size = args.draft_max_cache_size
         draft.pruning = Pruning(args.mm_prune_method, args.mm_prune_ratio, args.seed)
         engine.draft, engine.speculate_k, draft.speculate_k = draft, args.speculate_k, args.speculate_k
-    import quantize
+    import cpu
 
     for each in filter(None, (engine, engine.draft)):
-        quantize.pack_whole(each.model)
+        cpu.prepare(each.model)
         if args.compile:
             compile_step(each)
         if args.compile_prefill:

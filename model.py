@@ -173,6 +173,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
 
 
 class Attention(nn.Module):
+    attend = staticmethod(attend)  # cpu.py puts its own in the place
+
     def __init__(self, args: ModelArgs):
         super().__init__()
         self.n_head, self.n_kv_head, self.head_dim = args.n_head, args.n_kv_head, args.head_dim
@@ -192,7 +194,7 @@ class Attention(nn.Module):
         self.v_cache[:, step.input_pos] = v
         if step.mask is not None:
             k, v = (cache[:, : step.mask.shape[1]] for cache in (self.k_cache, self.v_cache))
-        return self.wo(attend(q, k, v, step.mask))
+        return self.wo(self.attend(q, k, v, step.mask))
 
 
 class CrossAttention(nn.Module):
@@ -207,7 +209,7 @@ class CrossAttention(nn.Module):
         self.q_norm = nn.RMSNorm(args.head_dim, args.norm_eps)
         self.k_norm = nn.RMSNorm(args.head_dim, args.norm_eps)
 
-    setup_cache = Attention.setup_cache
+    setup_cache, attend = Attention.setup_cache, staticmethod(attend)
 
     def remember(self, visual: Tensor) -> None:
         """Keys and values of the rows [N, D] into the first slots: all that later tokens need of the images."""
@@ -218,7 +220,7 @@ class CrossAttention(nn.Module):
     def forward(self, x: Tensor, step: Step) -> Tensor:
         q = self.q_norm(self.wq(x).unflatten(-1, (-1, self.head_dim))).transpose(0, 1)  # [H, S, d]
         n = step.cross_mask.shape[1]
-        return self.wo(attend(q, self.k_cache[:, :n], self.v_cache[:, :n], step.cross_mask))
+        return self.wo(self.attend(q, self.k_cache[:, :n], self.v_cache[:, :n], step.cross_mask))
 
 
 class FeedForward(nn.Module):
@@ -282,9 +284,8 @@ class Transformer(nn.Module):
     def setup_caches(self, n_slots: int, n_cross: int = 0) -> None:
         """Room for n_slots tokens, and for n_cross rows of images to look at. What the caches held is lost."""
         device, dtype = self.norm.weight.device, self.norm.weight.dtype
-        for i, layer in enumerate(self.layers):
-            n = n_cross if i in self.args.cross_attention_layers else n_slots + 1  # see slots
-            layer.attention.setup_cache(n, device, dtype)
+        for layer in self.layers:  # one more than n_slots: see slots
+            layer.attention.setup_cache(n_cross if isinstance(layer, CrossBlock) else n_slots + 1, device, dtype)
         section = torch.tensor(self.args.mrope_section or (self.args.head_dim // 2, 0, 0))
         axis = torch.arange(3).repeat_interleave(section).to(device)
         self.register_buffer("rope_axis", axis, persistent=False)  # [d/2] the column that a frequency follows

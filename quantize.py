@@ -16,26 +16,18 @@ Shapes: N output features, K input features, G groups of a row, S tokens.
 """
 
 import argparse
-import contextlib
-import ctypes
-import hashlib
 import json
 import mmap
 import os
-import shlex
-import shutil
-import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterable, Iterator
-from functools import cache
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.library import define, impl, register_fake
 
+import cpu
 from model import ModelArgs, Transformer
 
 MODES = {"int8": torch.int8, "int4": torch.uint8, "fp8": torch.float8_e4m3fn}  # and the dtype of their weights
@@ -46,10 +38,7 @@ REFITS = 2
 BLOCK = 2**20  # weights that are worked on at a time
 INT8_ROWS = 32  # CUDA's int8 product takes more than 16 rows, in steps of 8
 FP8_ROWS = 16
-CPU_BLOCK, CPU_LANES = 32, 16  # quantize.cpp's: outputs that it works on at a time; inputs that it reads at a time
-# -fno-tree-pre: with that optimization GCC keeps more values than there are registers. -fopenmp is for compiling only:
-# linked without it, and with PyTorch's library, the code uses the OpenMP that PyTorch uses, and its threads.
-CPU_FLAGS = ["-O3", "-std=c++17", "-fPIC", "-fopenmp", "-fno-tree-pre", "-mavx512f", "-mavx512bw", "-mavx512vnni"]
+CPU_BLOCK, CPU_LANES = 32, 16  # cpu.cpp's: outputs that it works on at a time; inputs that it reads at a time
 
 
 def by_rows(change: Callable[..., tuple], *tensors: Tensor) -> list[Tensor]:
@@ -237,80 +226,8 @@ def split_int8(x: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat((high, whole - (high << 8))).to(torch.int8), step
 
 
-@cache
-def cpu_library() -> ctypes.CDLL | None:
-    """quantize.cpp, built when it or its flags have changed; None where it cannot run or cannot be built."""
-    info = Path("/proc/cpuinfo")
-    if not info.exists() or not {"avx512bw", "avx512_vnni"} <= set(info.read_text().split()):
-        return None
-    try:
-        library = build_library()
-    except (OSError, RuntimeError, subprocess.CalledProcessError) as error:  # RuntimeError: no home folder
-        lines = (getattr(error, "stderr", None) or str(error)).splitlines()
-        reason = next((line for line in lines if "error" in line), lines[0] if lines else error)
-        print(f"quantize.cpp cannot be used, PyTorch's slower kernels are: {reason}", file=sys.stderr)
-        return None
-    pointer, number = ctypes.c_void_p, ctypes.c_int64
-    library.block_product.argtypes = [ctypes.c_int, ctypes.c_int, *[pointer] * 5, *[number] * 4]
-    library.block_product.restype = None
-    return library
-
-
-def build_library() -> ctypes.CDLL:
-    """From the cache, or else built and put there if it can be written. Raises OSError or CalledProcessError."""
-    source, compiler = Path(__file__).with_name("quantize.cpp"), shlex.split(os.environ.get("CXX", "")) or ["g++"]
-    torch_library = str(Path(torch.__file__).parent / "lib/libtorch_cpu.so")
-    key = hashlib.sha256(source.read_bytes() + repr([compiler, CPU_FLAGS, torch_library]).encode()).hexdigest()[:16]
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "multimodal-gpt-fast"
-    target = folder / f"quantize-{key}.so"
-    with contextlib.suppress(OSError):
-        return ctypes.CDLL(str(target))
-    with tempfile.TemporaryDirectory() as scratch:
-        built, linked = f"{scratch}/quantize.o", f"{scratch}/quantize.so"
-        link = ["-shared", built, "-Wl,--no-as-needed", torch_library, "-o", linked]
-        for step in ([*CPU_FLAGS, "-c", str(source), "-o", built], link):
-            subprocess.run([*compiler, *step], check=True, capture_output=True, text=True)
-        library = ctypes.CDLL(linked)
-        with contextlib.suppress(OSError):
-            folder.mkdir(parents=True, exist_ok=True)
-            part = target.with_suffix(f".{os.getpid()}")  # others may do the same at this moment
-            shutil.copy(linked, part)
-            os.replace(part, target)
-    return library
-
-
-def make_operator(schema: str, backend: str, run: Callable, shape: Callable) -> Callable:
-    """An operator that compiled code calls as it is. shape: what it returns, without the numbers."""
-    name, bracket, rest = schema.partition("(")
-    full_name = f"multimodal_gpt_fast::{name}"
-    define(full_name, bracket + rest)
-    impl(full_name, backend, run)
-    register_fake(full_name, shape)
-    return getattr(torch.ops.multimodal_gpt_fast, name)
-
-
-def multiply_blocks(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, n: int) -> Tensor:
-    """float32 [S, N] of x [S, K] float32 and the parts of a BlockLinear. Raises RuntimeError for another K."""
-    bits, groups = (8, 1) if scale.dtype == torch.float32 else (4, scale.shape[1])
-    if x.shape[1] * bits != weight.shape[1] * 8:
-        raise RuntimeError(f"{x.shape[1]} columns times weights of {weight.shape[1] * 8 // bits}")
-    x, y = x.contiguous(), x.new_empty(len(x), n)
-    offset = None if bias is None else bias.data_ptr()
-    pointers = x.data_ptr(), weight.data_ptr(), scale.data_ptr(), offset, y.data_ptr()
-    cpu_library().block_product(bits, torch.get_num_threads(), *pointers, len(x), n, x.shape[1], groups)
-    return y
-
-
-block_product = make_operator(
-    "block_product(Tensor x, Tensor weight, Tensor scale, Tensor? bias, int n) -> Tensor",
-    "CPU",
-    multiply_blocks,
-    lambda x, weight, scale, bias, n: x.new_empty(x.shape[0], n),  # len() would fix a size that may vary
-)
-
-
 class BlockLinear(nn.Module):
-    """quantize.cpp's products of int8 and int4, for one token and for several.
+    """cpu.cpp's products of int8 and int4, for one token and for several.
 
     One token on Qwen2.5-0.5B's layers, 2 cores of an AMD EPYC (Zen 5) that read 67 GB/s: int8 59 GB/s, where oneDNN's
     product has 30; int4 54, where PyTorch's kernel has 25 to 33. Six tokens 48 and 31.
@@ -322,7 +239,7 @@ class BlockLinear(nn.Module):
         self.out_features = layer.weight.shape[0]
         self.in_features = layer.weight.shape[1] * (2 if int4 else 1)
         expand = int4 and dtype == torch.float32  # which is asked for where results must be exact
-        if expand or cpu_library() is None or self.in_features % (groups * CPU_LANES):
+        if expand or cpu.library() is None or self.in_features % (groups * CPU_LANES):
             raise Refused
         (weight,) = by_rows(order_int4 if int4 else order_int8, whole_blocks(layer.weight.data))
         scale = whole_blocks(layer.scale.data)
@@ -333,7 +250,8 @@ class BlockLinear(nn.Module):
         self.bias = None if layer.bias is None else frozen(layer.bias.float())
 
     def forward(self, x: Tensor) -> Tensor:
-        return block_product(x.float(), self.weight, self.scale, self.bias, self.out_features).to(x.dtype)
+        rows = x.float() if x.dtype == torch.float16 else x
+        return cpu.block_product(rows, self.weight, self.scale, self.bias, self.out_features).to(x.dtype)
 
 
 def whole_blocks(rows: Tensor) -> Tensor:
@@ -355,40 +273,8 @@ def order_int4(weight: Tensor) -> tuple[Tensor]:
     return ((first | second << 4).reshape(weight.shape),)
 
 
-# An operator of its own, because Inductor takes oneDNN's for constant weights only.
-packed_product = make_operator(
-    "packed_product(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
-    "CompositeExplicitAutograd",  # the weight is oneDNN's
-    lambda x, weight, bias: torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], ""),
-    lambda x, weight, bias: x.new_empty(x.shape[0], weight.shape[0]),
-)
-
-
-class PackedLinear(nn.Module):
-    """A layer that was never quantized, on the CPU: its weights in the order in which oneDNN reads them.
-
-    One token on Qwen2.5-0.5B's layers, 2 cores of an AMD EPYC (Zen 5), bfloat16: 42 GB/s, as fast as reading, where
-    nn.Linear has 22; six tokens 39 (18); float32 40 (17).
-    """
-
-    def __init__(self, linear: nn.Linear):
-        super().__init__()
-        self.weight = frozen(torch.ops.mkldnn._reorder_linear_weight(linear.weight.data, 1))
-        self.bias = linear.bias
-
-    def forward(self, x: Tensor) -> Tensor:
-        return packed_product(x, self.weight, self.bias)
-
-
-def pack_whole(model: nn.Module) -> None:
-    """Put PackedLinear in the place of layers that are not quantized, where oneDNN takes their device and dtype."""
-    for name in list(linears(model)):
-        with contextlib.suppress(RuntimeError, AttributeError):
-            model.set_submodule(name, PackedLinear(model.get_submodule(name)))
-
-
 class Int8Pack(nn.Module):
-    """The CPU's weight-only product, where quantize.cpp cannot run; bfloat16 only, the others are not vectorized."""
+    """The CPU's weight-only product, where cpu.cpp cannot run; bfloat16 only, the others are not vectorized."""
 
     def __init__(self, layer: QuantizedLinear, dtype: torch.dtype):
         super().__init__()

@@ -40,6 +40,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from cpu import prepare
 from generate import (
     Engine,
     Parser,
@@ -54,7 +55,7 @@ from generate import (
     weight_bytes,
 )
 from model import MODELS, ModelArgs, Transformer
-from quantize import GROUP_SIZES, MODES, pack_whole, quantize_in_place
+from quantize import GROUP_SIZES, MODES, quantize_in_place
 from scripts.peers import LlamaCpp, Transformers, seconds_of
 from vision import build_encoder
 
@@ -168,7 +169,7 @@ def build(name: str, flags: argparse.Namespace, n_layer: int | None) -> tuple[En
         search = {"shrinks": (1.0,), "refits": 0} if flags.quantize == "int4" else {}  # noise has no better rounding
         quantize_in_place(engine.model, flags.quantize, flags.groupsize, dtype, **search)
         seconds["quantize_s"] = now(device) - start
-    pack_whole(engine.model)
+    prepare(engine.model)
     if flags.compile:
         compile_step(engine)
     if flags.compile_prefill:

@@ -16,12 +16,13 @@ ALLOWED = {
     "model": set(),
     "tokenizer": set(),
     "vision": {"model"},
-    "quantize": {"model"},
+    "cpu": {"model"},
+    "quantize": {"cpu", "model"},
     "tp": {"model"},
     "generate": {"model", "tokenizer", "vision"},
     "evaluate": {"generate", "model", "tokenizer", "vision"},
 }
-LAZY = {"generate": {"quantize", "tp"}, "evaluate": {"quantize", "tp"}}
+LAZY = {"generate": {"cpu", "quantize", "tp"}, "evaluate": {"quantize", "tp"}}
 RUNTIME = {"torch", "PIL", "sentencepiece"}
 
 

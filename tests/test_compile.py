@@ -7,7 +7,8 @@ import pytest
 import torch
 
 import generate
-from quantize import pack_whole, quantize_in_place
+from cpu import prepare
+from quantize import quantize_in_place
 from tests.conftest import draw
 from vision import Pruning
 
@@ -26,7 +27,7 @@ def load_pair(pair, family: str, modes=(None, None), compiled=False, prefill=Fal
     for each, mode in zip((engine, draft), modes):
         if mode:
             quantize_in_place(each.model, mode, 32, torch.float32)
-        pack_whole(each.model)
+        prepare(each.model)
         each.model.setup_caches(512, 300 if each.model.args.cross_attention_layers else 0)
         if compiled:
             generate.compile_step(each)

@@ -1,6 +1,5 @@
 """Quantized checkpoints and layers: against their dequantized weights, compiled and not, with drafts, and bad input."""
 
-import copy
 import errno
 import json
 import os
@@ -13,6 +12,7 @@ import pytest
 import torch
 from torch import nn
 
+import cpu
 import generate
 import quantize
 from model import MODELS, ModelArgs, Transformer
@@ -82,39 +82,23 @@ def test_layer(mode, dtype, device, compiled):
 )
 def test_kernels_of_the_cpu(mode, dtype, kernel):
     """Were a kernel refused everywhere, everything would still be right, and slow."""
-    if kernel == "BlockLinear" and quantize.cpu_library() is None:
+    if kernel == "BlockLinear" and cpu.library() is None:
         pytest.skip("no C++ compiler, or a CPU without AVX-512 VNNI")
     assert type(pack_layer(make_layer(mode, 256, 896)[0], dtype)).__name__ == kernel
 
 
 @pytest.fixture(params=["no-such-compiler", "false"])
 def without_compiler(request, monkeypatch, tmp_path):
-    quantize.cpu_library.cache_clear()
+    cpu.library.cache_clear()
     monkeypatch.setenv("CXX", request.param)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     yield tmp_path
-    quantize.cpu_library.cache_clear()
-
-
-def test_the_library_is_built_anew(monkeypatch, tmp_path):
-    """With no cache, with a broken one, and where none can be written."""
-    if quantize.cpu_library() is None:
-        pytest.skip("no C++ compiler, or a CPU without AVX-512 VNNI")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert quantize.build_library()
-    (library,) = tmp_path.rglob("*.*")
-    library.unlink()
-    library.write_bytes(b"broken")
-    assert quantize.build_library()
-    assert library.stat().st_size > 1000, "put in its place"
-    (tmp_path / "file").touch()
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    assert quantize.build_library()
+    cpu.library.cache_clear()
 
 
 @pytest.mark.parametrize("mode, kernel", [("int8", quantize.Int8Pack), ("int4", quantize.Int4Cpu)])
 def test_without_a_compiler(without_compiler, capsys, mode, kernel):
-    """What the CPU uses where quantize.cpp cannot be built or run: PyTorch's products, for bfloat16."""
+    """What the CPU uses where cpu.cpp cannot be built or run: PyTorch's products, for bfloat16."""
     layer, reference = make_layer(mode, 256, 896, bias=False)
     x = torch.randn(6, 896).bfloat16()
     packed = pack_layer(layer, torch.bfloat16)
@@ -123,7 +107,7 @@ def test_without_a_compiler(without_compiler, capsys, mode, kernel):
     assert type(pack_layer(layer, torch.float32)) is nn.Linear
     if any(flag == "avx512_vnni" for flag in Path("/proc/cpuinfo").read_text().split()):
         (line,) = capsys.readouterr().err.splitlines()
-        assert line.startswith("quantize.cpp cannot be used")
+        assert line.startswith("cpu.cpp cannot be used")
     assert not list(without_compiler.rglob("*.*")), "nothing half-built stays"
 
 
@@ -447,22 +431,3 @@ def test_damaged_quantized_checkpoint(quantized, tmp_path):
         torch.save({key: t for key, t in state.items() if key != name}, folder / path.name)
         with pytest.raises(ValueError, match=name.removesuffix(".scale")):
             generate.load(folder / path.name, "cpu", torch.float32)
-
-
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.bfloat16, 0.05)])
-@torch.inference_mode()
-def test_layers_that_are_not_quantized_are_laid_out_for_the_cpu(dtype, tolerance):
-    torch._dynamo.reset()
-    torch.manual_seed(0)
-    plain = torch.nn.Sequential(torch.nn.Linear(96, 160), torch.nn.Linear(160, 64, bias=False)).to(dtype)
-    packed = copy.deepcopy(plain).requires_grad_(False)
-    quantize.pack_whole(packed)
-    if not quantize.linears(packed, quantize.PackedLinear):
-        pytest.skip("oneDNN does not take this dtype here: the layers stay as they are")
-    assert not quantize.linears(packed)
-    assert generate.weight_bytes(packed) == generate.weight_bytes(plain)
-    compiled = torch.compile(packed, fullgraph=True, dynamic=False)
-    for rows in (1, 6, 100):
-        x = torch.randn(rows, 96, dtype=dtype)
-        torch.testing.assert_close(packed(x), plain(x), atol=tolerance, rtol=0)
-        torch.testing.assert_close(compiled(x), packed(x), atol=0, rtol=0)
