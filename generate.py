@@ -349,7 +349,9 @@ def compile_step(engine: Engine) -> None:
     """One graph per number of tokens (1, 2, k + 1); on GPUs replayed as a CUDA graph, one per number of slots too."""
     torch._dynamo.config.recompile_limit = 64  # of all models together
     torch.compiler.config.dynamic_sources = "L['n_slots']"  # of Transformer.forward: one graph serves all
-    compiled = torch.compile(engine.model, mode="reduce-overhead", fullgraph=True, dynamic=False)
+    # On GPUs: tuned, products of one row are kernels of Inductor's own (torch/_inductor/decomposition.py says why).
+    options = {"triton.cudagraphs": True, "coordinate_descent_tuning": True}
+    compiled = torch.compile(engine.model, options=options, fullgraph=True, dynamic=False)
     # A CUDA graph writes the next step's output over this one's.
     engine.step = lambda *inputs: compiled(*inputs).clone()
 
@@ -381,8 +383,7 @@ def answer(engine: Engine, tokenizer: Tokenizer, request: dict, args, show, said
 
     max_new_tokens = number(int, 1)(request.get("max_new_tokens", args.max_new_tokens))
     sampling = Sampling(args.temperature, args.top_k)
-    images = [part["image"] for part in parts]
-    result = generate(engine, tokens, images, max_new_tokens, stop_ids, sampling, on_tokens)
+    result = generate(engine, tokens, [part["image"] for part in parts], max_new_tokens, stop_ids, sampling, on_tokens)
     show(decoder.flush())
     return {"text": tokenizer.decode(said), **result}
 

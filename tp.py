@@ -428,12 +428,18 @@ class Ranks:
                 )
             group = torch.device("cuda", self.local_rank)
         prefix = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), self.store)
+        stdout, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, 1)  # PyTorch 2.8's gloo greets on stdout, where nothing but text may go
         try:
             dist.init_process_group(
                 backend, store=prefix, rank=self.rank, world_size=self.n_ranks, timeout=FOREVER, device_id=group
             )
         except RuntimeError as error:
             raise ValueError(f"rank {self.rank} cannot reach the others ({first_line(error)})") from None
+        finally:
+            os.dup2(stdout, 1)
+            os.close(stdout)
+            os.close(nowhere)
 
 
 class LastLine(io.TextIOBase):
