@@ -412,9 +412,9 @@ void block_product(int bits, int is_float, int threads, const void* x, const uin
         run((const bfloat16*)x, (bfloat16*)y);
 }
 
-// mask [S, T], or null: token i sees the slots up to i if causal, else all. Strides, in numbers: q_head, q_token of q;
-// cache_head of k and v, whose slots lie one behind the other; mask_token of mask.
-void attend(int threads, int causal, const bfloat16* q, const bfloat16* k, const bfloat16* v, const uint8_t* mask,
+// mask [S, T], or null: the first token sees n_seen slots, each further one a slot more. Strides, in numbers: q_head,
+// q_token of q; cache_head of k and v, whose slots lie one behind the other; mask_token of mask.
+void attend(int threads, int64_t n_seen, const bfloat16* q, const bfloat16* k, const bfloat16* v, const uint8_t* mask,
             bfloat16* y, int64_t n_heads, int64_t groups, int64_t s, int64_t n_slots, int64_t width, int64_t q_head,
             int64_t q_token, int64_t cache_head, int64_t mask_token) {
     const int64_t share = n_heads / groups, n_rows = share * s, n_tiles = (n_rows + TILE - 1) / TILE;
@@ -431,7 +431,7 @@ void attend(int threads, int causal, const bfloat16* q, const bfloat16* k, const
         for (int64_t r = first_row; r < last_row; r++) {
             const int64_t head = group * share + r / s, token = r % s;
             own[r] = {(const int32_t*)(q + head * q_head + token * q_token), mask ? mask + token * mask_token : nullptr,
-                      causal ? token + 1 : n_slots, &sums[(own + r - &rows[0]) * padded], LEAST, 0, 0};
+                      n_seen + token, &sums[(own + r - &rows[0]) * padded], LEAST, 0, 0};
         }
         const int64_t first = part * n_blocks / n_parts * SLOTS, last = (part + 1) * n_blocks / n_parts * SLOTS;
         attend_part(own + first_row, last_row - first_row, k + group * cache_head, v + group * cache_head, first,

@@ -31,6 +31,7 @@ FLAGS = ["-O3", "-std=c++17", "-fPIC", "-fopenmp", "-fno-tree-pre"]
 NEEDED = {"avx512f", "avx512bw", "avx512vl", "avx512_vnni"}  # as /proc/cpuinfo names them
 USEFUL = {"avx512_bf16"}
 MAX_HEAD_DIM = 256  # of the attention
+SLAB = 1024  # tokens that it works on at a time, so that what it needs meanwhile stays small
 
 
 @cache
@@ -49,7 +50,7 @@ def library() -> ctypes.CDLL | None:
         return None
     pointer, number = ctypes.c_void_p, ctypes.c_int64
     library.block_product.argtypes = [ctypes.c_int] * 3 + [pointer] * 5 + [number] * 4
-    library.attend.argtypes = [ctypes.c_int] * 2 + [pointer] * 5 + [number] * 9
+    library.attend.argtypes = [ctypes.c_int, number] + [pointer] * 5 + [number] * 9
     library.block_product.restype = library.attend.restype = None
     return library
 
@@ -121,10 +122,13 @@ def run_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: 
     if k.stride() != v.stride() or k.stride(1) != head_dim:  # parts of caches are read where they are
         k, v = k.contiguous(), v.contiguous()
     y = q.new_empty(n_tokens, n_head * head_dim)
-    pointers = [t if t is None else t.data_ptr() for t in (q, k, v, mask, y)]
     strides = q.stride(0), q.stride(1), k.stride(0), 0 if mask is None else mask.stride(0)
-    sizes = n_head, n_kv_head, n_tokens, n_slots, head_dim
-    library().attend(torch.get_num_threads(), causal, *pointers, *sizes, *strides)
+    for i in range(0, n_tokens, SLAB):
+        pointers = q.data_ptr() + 2 * i * strides[1], k.data_ptr(), v.data_ptr()  # 2 bytes a number
+        pointers += mask if mask is None else mask.data_ptr() + i * strides[3], y.data_ptr() + 2 * i * y.stride(0)
+        sizes = n_head, n_kv_head, min(SLAB, n_tokens - i), n_slots, head_dim
+        n_seen = i + 1 if causal else n_slots
+        library().attend(torch.get_num_threads(), n_seen, *pointers, *sizes, *strides)
     return y
 
 

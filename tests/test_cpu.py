@@ -45,7 +45,17 @@ def error(y, q, k, v, mask) -> float:
 def test_attention(library, heads, n_threads):
     """A token and several, few slots and many, whole blocks and not, every kind of mask, one part and several."""
     torch.set_num_threads(n_threads)
-    for n_tokens, n_slots in ((1, 1), (1, 700), (6, 64), (6, 1111), (20, 150), (70, 70), (130, 300), (1, 5000)):
+    for n_tokens, n_slots in (
+        (1, 1),
+        (1, 700),
+        (6, 64),
+        (6, 1111),
+        (20, 150),
+        (70, 70),
+        (130, 300),
+        (1100, 1100),
+        (1, 5000),
+    ):
         q, k, v, mask = draw_inputs(*heads, n_tokens, n_slots)
         mask[:, n_slots // 2] = True  # no row sees nothing
         ones = torch.ones_like(mask)
