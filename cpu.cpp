@@ -257,8 +257,8 @@ inline void transpose(const __m512i lines[LANES], __m512i out[LANES]) {
 // A query and what it has seen of a part of the slots. A slot weighs 2^(score - largest).
 struct Row {
     const int32_t* q;      // [d / 2] pairs
-    const uint8_t* mask;   // [T] whether it sees the slot, or null: it sees those
-    int64_t n_seen;        // in front, and in no case one behind them
+    const uint8_t* mask;   // [T] whether it sees a slot; null: it does
+    int64_t n_seen;        // but never one behind these
     float* sums;           // [d] of values by weights, as mix leaves them; d is filled up to whole registers
     float largest, total;  // of the scores, of the weights
     float shrink;          // what earlier weights are multiplied with, since largest has grown

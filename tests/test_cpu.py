@@ -121,6 +121,16 @@ def test_the_models_use_it(pair, family):
     assert all(layer.attention.attend is model.attend for layer in engine.model.layers), "float32 stays exact"
 
 
+@torch.inference_mode()
+def test_a_profile_shows_the_operators(library):
+    """Eager code goes past PyTorch's dispatcher, but not where somebody looks."""
+    q, k, v, mask = draw_inputs(4, 2, 32, 1, 64)
+    with torch.profiler.profile() as profiler:
+        seen = cpu.attend(q, k, v, mask)
+    assert "multimodal_gpt_fast::attention" in {event.key for event in profiler.key_averages()}
+    assert torch.equal(seen, cpu.attend(q, k, v, mask))
+
+
 def test_the_library_is_built_anew(monkeypatch, tmp_path):
     """With no cache, with a broken one, and where none can be written."""
     if cpu.library() is None:
