@@ -292,13 +292,13 @@ int look(const Row& row, int64_t first, int64_t n, __mmask16* seen) {
 void weigh(Row& row, float scale, float* scores, int64_t n, const __mmask16* seen, bfloat16* weights) {
     __m512 largest = _mm512_set1_ps(row.largest), total = _mm512_setzero_ps();
     for (int64_t t = 0; t < n; t += LANES) {
-        const __m512 scaled = _mm512_mul_ps(_mm512_loadu_ps(scores + t), _mm512_set1_ps(scale));
+        const __m512 scaled = _mm512_mul_ps(load(scores + t), _mm512_set1_ps(scale));
         _mm512_storeu_ps(scores + t, scaled);
         largest = _mm512_mask_max_ps(largest, seen[t / LANES], largest, scaled);
     }
     const float top = _mm512_reduce_max_ps(largest);
     for (int64_t t = 0; t < n; t += LANES) {
-        const __m512 weight = exp2(_mm512_sub_ps(_mm512_loadu_ps(scores + t), _mm512_set1_ps(top)));
+        const __m512 weight = exp2(_mm512_sub_ps(load(scores + t), _mm512_set1_ps(top)));
         const __m512 kept = _mm512_maskz_mov_ps(seen[t / LANES], weight);
         total = _mm512_add_ps(total, kept);
         store(weights + t, 0xffff, kept);

@@ -20,8 +20,7 @@ from functools import cache
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
-from torch.library import define, impl, register_fake
+from torch import Tensor, library, nn
 
 import model
 
@@ -35,7 +34,7 @@ SLAB = 1024  # tokens that it works on at a time, so that what it needs meanwhil
 
 
 @cache
-def library() -> ctypes.CDLL | None:
+def kernels() -> ctypes.CDLL | None:
     """cpu.cpp, built when it or its flags have changed; None where it cannot run or cannot be built."""
     info = Path("/proc/cpuinfo")
     features = set(info.read_text().split()) if info.exists() else set()
@@ -83,9 +82,9 @@ def make_operator(schema: str, backend: str, run: Callable, shape: Callable) -> 
     """An operator that compiled code calls as it is. shape: what it returns, without the numbers."""
     name, bracket, rest = schema.partition("(")
     full_name = f"multimodal_gpt_fast::{name}"
-    define(full_name, bracket + rest)
-    impl(full_name, backend, run)
-    register_fake(full_name, shape)
+    library.define(full_name, bracket + rest)
+    library.impl(full_name, backend, run)
+    library.register_fake(full_name, shape)
     operator = getattr(torch.ops.multimodal_gpt_fast, name)
 
     def call(*inputs):
@@ -105,7 +104,7 @@ def multiply_blocks(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | Non
     offset = None if bias is None else bias.data_ptr()
     pointers = x.data_ptr(), weight.data_ptr(), scale.data_ptr(), offset, y.data_ptr()
     is_float, threads = x.dtype == torch.float32, torch.get_num_threads()
-    library().block_product(bits, is_float, threads, *pointers, len(x), n, x.shape[1], groups)
+    kernels().block_product(bits, is_float, threads, *pointers, len(x), n, x.shape[1], groups)
     return y
 
 
@@ -117,10 +116,11 @@ block_product = make_operator(
 )
 
 
-def run_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
-    """[S, H * d] of q [H, S, d], k and v [G, T, d], all bfloat16.
+def run_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """model.attend, for bfloat16 on the CPU.
 
-    A token sees what mask [S, T] says; without a mask itself and what is before it if causal, else everything.
+    Qwen2.5-0.5B's heads, 2 cores of an AMD EPYC (Zen 5): a token looks at 256 slots in 11 us and at 8192 in 130 (31
+    GB/s), where PyTorch takes 50 and 606; six tokens in 24 and 450 (94 and 1760); a prompt of 4096 in 71 ms (204).
     """
     q, mask = (t if t is None or t.stride(-1) == 1 else t.contiguous() for t in (q, mask))
     (n_head, n_tokens, head_dim), (n_kv_head, n_slots, _) = q.shape, k.shape
@@ -132,26 +132,17 @@ def run_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: 
         pointers = q.data_ptr() + 2 * i * strides[1], k.data_ptr(), v.data_ptr()  # 2 bytes a number
         pointers += mask if mask is None else mask.data_ptr() + i * strides[3], y.data_ptr() + 2 * i * y.stride(0)
         sizes = n_head, n_kv_head, min(SLAB, n_tokens - i), n_slots, head_dim
-        n_seen = i + 1 if causal else n_slots
-        library().attend(torch.get_num_threads(), n_seen, *pointers, *sizes, *strides)
+        n_seen = i + 1 if mask is None else n_slots
+        kernels().attend(torch.get_num_threads(), n_seen, *pointers, *sizes, *strides)
     return y
 
 
-attention = make_operator(
-    "attention(Tensor q, Tensor k, Tensor v, Tensor? mask, bool causal) -> Tensor",
+attend = make_operator(
+    "attention(Tensor q, Tensor k, Tensor v, Tensor? mask) -> Tensor",
     "CPU",
     run_attention,
-    lambda q, k, v, mask, causal: q.new_empty(q.shape[1], q.shape[0] * q.shape[2]),
+    lambda q, k, v, mask: q.new_empty(q.shape[1], q.shape[0] * q.shape[2]),
 )
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """model.attend, for bfloat16 on the CPU.
-
-    Qwen2.5-0.5B's heads, 2 cores of an AMD EPYC (Zen 5): a token looks at 256 slots in 11 us and at 8192 in 130 (31
-    GB/s), where PyTorch takes 50 and 606; six tokens in 24 and 450 (94 and 1760); a prompt of 4096 in 71 ms (204).
-    """
-    return attention(q, k, v, mask, mask is None)
 
 
 # An operator of its own, because Inductor takes oneDNN's for constant weights only.
@@ -191,6 +182,6 @@ def prepare(transformer: model.Transformer) -> None:
     pack_whole(transformer)
     weight, head_dim = transformer.norm.weight, transformer.args.head_dim  # the caches have its device and dtype
     fits = (weight.device.type, weight.dtype) == ("cpu", torch.bfloat16)
-    if fits and head_dim % 2 == 0 and head_dim <= MAX_HEAD_DIM and library():
+    if fits and head_dim % 2 == 0 and head_dim <= MAX_HEAD_DIM and kernels():
         for layer in transformer.layers:
             layer.attention.attend = attend

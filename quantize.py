@@ -239,7 +239,7 @@ class BlockLinear(nn.Module):
         self.out_features = layer.weight.shape[0]
         self.in_features = layer.weight.shape[1] * (2 if int4 else 1)
         expand = int4 and dtype == torch.float32  # which is asked for where results must be exact
-        if expand or cpu.library() is None or self.in_features % (groups * CPU_LANES):
+        if expand or cpu.kernels() is None or self.in_features % (groups * CPU_LANES):
             raise Refused
         (weight,) = by_rows(order_int4 if int4 else order_int8, whole_blocks(layer.weight.data))
         scale = whole_blocks(layer.scale.data)

@@ -12,17 +12,23 @@ import model
 
 WITHOUT_BF16 = sorted(cpu.NEEDED)
 HEADS = [(14, 2, 64), (16, 2, 128), (4, 4, 80), (16, 16, 72), (6, 2, 96), (2, 1, 16), (3, 3, 34), (8, 1, 256)]
+SIZES = [(1, 1), (1, 700), (6, 64), (6, 1111), (20, 150), (70, 70), (130, 300), (1100, 1100), (1, 5000)]
+
+
+@pytest.fixture
+def can_build():
+    if cpu.kernels() is None:
+        pytest.skip("no C++ compiler, or a CPU without AVX-512 VNNI")
 
 
 @pytest.fixture(params=["whole", "without AVX512_BF16"])
-def library(request, monkeypatch):
-    if cpu.library() is None:
-        pytest.skip("no C++ compiler, or a CPU without AVX-512 VNNI")
+def each_build(can_build, request, monkeypatch):
     if request.param != "whole":
         monkeypatch.setattr(cpu, "USEFUL", set())
-    cpu.library.cache_clear()
-    yield cpu.library()
-    cpu.library.cache_clear()
+    cpu.kernels.cache_clear()
+    assert cpu.kernels()
+    yield
+    cpu.kernels.cache_clear()
 
 
 def draw_inputs(n_head, n_kv_head, head_dim, n_tokens, n_slots):
@@ -42,26 +48,16 @@ def error(y, q, k, v, mask) -> float:
 @pytest.mark.parametrize("n_threads", [1, 2, 5])
 @pytest.mark.parametrize("heads", HEADS, ids=str)
 @torch.inference_mode()
-def test_attention(library, heads, n_threads):
+def test_attention(each_build, heads, n_threads):
     """A token and several, few slots and many, whole blocks and not, every kind of mask, one part and several."""
     torch.set_num_threads(n_threads)
-    for n_tokens, n_slots in (
-        (1, 1),
-        (1, 700),
-        (6, 64),
-        (6, 1111),
-        (20, 150),
-        (70, 70),
-        (130, 300),
-        (1100, 1100),
-        (1, 5000),
-    ):
+    for n_tokens, n_slots in SIZES:
         q, k, v, mask = draw_inputs(*heads, n_tokens, n_slots)
         mask[:, n_slots // 2] = True  # no row sees nothing
         ones = torch.ones_like(mask)
         assert error(cpu.attend(q, k, v, mask), q, k, v, mask) < 5e-3
         assert error(cpu.attend(q, k, v, mask[:1].expand(n_tokens, -1)), q, k, v, mask[:1].expand(n_tokens, -1)) < 5e-3
-        assert error(cpu.attention(q, k, v, None, False), q, k, v, ones) < 5e-3
+        assert error(cpu.attend(q, k, v, ones), q, k, v, ones) < 5e-3
         if n_tokens == n_slots:
             assert error(cpu.attend(q, k, v, None), q, k, v, ones.tril()) < 5e-3
             rows = torch.stack((k, v), dim=2).transpose(0, 1).contiguous()  # [T, G, 2, d]
@@ -70,7 +66,7 @@ def test_attention(library, heads, n_threads):
 
 
 @torch.inference_mode()
-def test_attention_keeps_tokens_apart(library):
+def test_attention_keeps_tokens_apart(each_build):
     """A token depends on those beside it as little as on slots that it does not see; what is broken is seen."""
     q, k, v, mask = draw_inputs(14, 2, 64, 9, 333)
     mask[:, 0], mask[:, 300:] = True, False
@@ -88,7 +84,7 @@ def test_attention_keeps_tokens_apart(library):
 
 
 @torch.inference_mode()
-def test_extreme_scores(library):
+def test_extreme_scores(each_build):
     """Weights that differ by more than float32 holds, and a largest score that comes late."""
     q, k, v, _ = draw_inputs(2, 1, 64, 1, 1000)
     for scale in (0.0, 1e3, 1e15):
@@ -100,10 +96,8 @@ def test_extreme_scores(library):
 
 @pytest.mark.parametrize("family", ["qwen2.5-vl", "llava-hf", "llama-3.2-vision", "qwen2", "llama3.1"])
 @torch.inference_mode()
-def test_the_models_use_it(pair, family):
+def test_the_models_use_it(can_build, pair, family):
     """In bfloat16 it is in the place of PyTorch's, and says the same but for rounding."""
-    if cpu.library() is None:
-        pytest.skip("no C++ compiler, or a CPU without AVX-512 VNNI")
     logits = {}
     for dtype, name in ((torch.bfloat16, "plain"), (torch.bfloat16, "prepared"), (torch.float32, "exact")):
         engine, tokenizer = generate.load(pair(family).path, "cpu", dtype)
@@ -122,7 +116,7 @@ def test_the_models_use_it(pair, family):
 
 
 @torch.inference_mode()
-def test_a_profile_shows_the_operators(library):
+def test_a_profile_shows_the_operators(can_build):
     """Eager code goes past PyTorch's dispatcher, but not where somebody looks."""
     q, k, v, mask = draw_inputs(4, 2, 32, 1, 64)
     with torch.profiler.profile() as profiler:
@@ -131,10 +125,8 @@ def test_a_profile_shows_the_operators(library):
     assert torch.equal(seen, cpu.attend(q, k, v, mask))
 
 
-def test_the_library_is_built_anew(monkeypatch, tmp_path):
+def test_the_library_is_built_anew(can_build, monkeypatch, tmp_path):
     """With no cache, with a broken one, and where none can be written."""
-    if cpu.library() is None:
-        pytest.skip("no C++ compiler, or a CPU without AVX-512 VNNI")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert cpu.build_library(WITHOUT_BF16)
     (library,) = tmp_path.rglob("*.*")

@@ -82,18 +82,18 @@ def test_layer(mode, dtype, device, compiled):
 )
 def test_kernels_of_the_cpu(mode, dtype, kernel):
     """Were a kernel refused everywhere, everything would still be right, and slow."""
-    if kernel == "BlockLinear" and cpu.library() is None:
+    if kernel == "BlockLinear" and cpu.kernels() is None:
         pytest.skip("no C++ compiler, or a CPU without AVX-512 VNNI")
     assert type(pack_layer(make_layer(mode, 256, 896)[0], dtype)).__name__ == kernel
 
 
 @pytest.fixture(params=["no-such-compiler", "false"])
 def without_compiler(request, monkeypatch, tmp_path):
-    cpu.library.cache_clear()
+    cpu.kernels.cache_clear()
     monkeypatch.setenv("CXX", request.param)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     yield tmp_path
-    cpu.library.cache_clear()
+    cpu.kernels.cache_clear()
 
 
 @pytest.mark.parametrize("mode, kernel", [("int8", quantize.Int8Pack), ("int4", quantize.Int4Cpu)])
