@@ -145,6 +145,13 @@ attend = make_operator(
 )
 
 
+class Attend(nn.Module):
+    """In the place of model.Attend."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        return attend(q, k, v, mask)
+
+
 # An operator of its own, because Inductor takes oneDNN's for constant weights only.
 packed_product = make_operator(
     "packed_product(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
@@ -184,4 +191,4 @@ def prepare(transformer: model.Transformer) -> None:
     fits = (weight.device.type, weight.dtype) == ("cpu", torch.bfloat16)
     if fits and head_dim % 2 == 0 and head_dim <= MAX_HEAD_DIM and kernels():
         for layer in transformer.layers:
-            layer.attention.attend = attend
+            layer.attention.attend = Attend()

@@ -172,11 +172,17 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     return y.reshape(q.shape).transpose(0, 1).flatten(1)
 
 
-class Attention(nn.Module):
-    attend = staticmethod(attend)  # cpu.py puts its own in the place
+class Attend(nn.Module):
+    """The attention kernel, a submodule so that a device's own can take its place (cpu.py)."""
 
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        return attend(q, k, v, mask)
+
+
+class Attention(nn.Module):
     def __init__(self, args: ModelArgs):
         super().__init__()
+        self.attend = Attend()
         self.n_head, self.n_kv_head, self.head_dim = args.n_head, args.n_kv_head, args.head_dim
         self.wqkv = nn.Linear(args.dim, (args.n_head + 2 * args.n_kv_head) * args.head_dim, bias=args.qkv_bias)
         self.wo = nn.Linear(args.n_head * args.head_dim, args.dim, bias=False)
@@ -202,6 +208,7 @@ class CrossAttention(nn.Module):
 
     def __init__(self, args: ModelArgs):
         super().__init__()
+        self.attend = Attend()
         self.n_kv_head, self.head_dim = args.n_kv_head, args.head_dim
         self.wq = nn.Linear(args.dim, args.n_head * args.head_dim, bias=False)
         self.wkv = nn.Linear(args.dim, 2 * args.n_kv_head * args.head_dim, bias=False)
@@ -209,7 +216,7 @@ class CrossAttention(nn.Module):
         self.q_norm = nn.RMSNorm(args.head_dim, args.norm_eps)
         self.k_norm = nn.RMSNorm(args.head_dim, args.norm_eps)
 
-    setup_cache, attend = Attention.setup_cache, staticmethod(attend)
+    setup_cache = Attention.setup_cache
 
     def remember(self, visual: Tensor) -> None:
         """Keys and values of the rows [N, D] into the first slots: all that later tokens need of the images."""
