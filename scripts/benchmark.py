@@ -4,7 +4,8 @@
     python scripts/benchmark.py --model Qwen2.5-0.5B --quantize int8 --compile --compare llama.cpp
     python scripts/benchmark.py --model Qwen2.5-VL-7B-Instruct --compile --out benchmarks/h100.json
 
-Knows how to build and time a model of model.MODELS. Does not know checkpoints; scripts/peers.py knows other programs.
+Knows how to build and time a model of
+scripts/published_models.py. Does not know checkpoints; scripts/peers.py knows other programs.
 
 What is counted. A round does each of these once, so that a machine that is faster now and slower then, as shared ones
 are, is so for all of them; what is given are medians over --repeat rounds, and medians of the ratios within a round.
@@ -54,9 +55,10 @@ from generate import (
     one_line,
     weight_bytes,
 )
-from model import MODELS, ModelArgs, Transformer
+from model import ModelArgs, Transformer
 from quantize import GROUP_SIZES, MODES, quantize_in_place
 from scripts.peers import LlamaCpp, Transformers, seconds_of
+from scripts.published_models import MODELS, named
 from vision import build_encoder
 
 READ_BYTES = 2**29
@@ -159,7 +161,7 @@ def ratio(above: list[float], below: list[float]) -> float:
 
 def build(name: str, flags: argparse.Namespace, n_layer: int | None) -> tuple[Engine, dict]:
     """The engine, and the seconds that it took."""
-    args, device, dtype = ModelArgs.named(name), torch.device(flags.device), getattr(torch, flags.dtype)
+    args, device, dtype = named(name), torch.device(flags.device), getattr(torch, flags.dtype)
     args = replace(args, n_layer=n_layer or args.n_layer)
     start = now(device)
     engine = random_engine(args, flags.device, dtype)
@@ -313,7 +315,7 @@ def print_table(result: dict) -> None:
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(prog="benchmark.py", description=__doc__.splitlines()[0])
-    parser.add_argument("--model", required=True, help="a row of model.MODELS")
+    parser.add_argument("--model", required=True, help="a row of scripts/published_models.py")
     parser.add_argument("--n_layer", type=number(int, 1), help="fewer layers, for what does not fit")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=["bfloat16", "float32", "float16"], default="bfloat16")
@@ -325,7 +327,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--image_size", type=number(int, 28), default=448, help="pixels a side")
     parser.add_argument("--max_cache_size", type=number(int, 1), help="tokens; default: as many as needed")
     parser.add_argument("--speculate_k", type=number(int, 1), default=5)
-    parser.add_argument("--draft", help="a row of model.MODELS: its time a step, and what speculation would gain")
+    parser.add_argument("--draft", help="such a row too: its time a step, and what speculation would gain")
     parser.add_argument("--accept", type=number(float, 0, 1), help="the share of the draft's guesses that are accepted")
     parser.add_argument("--n_prompts", type=number(int, 0), default=0, help="that many more; counts recompiles")
     parser.add_argument("--repeat", type=number(int, 1), default=7, help="rounds")

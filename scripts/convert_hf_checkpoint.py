@@ -21,9 +21,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from model import MODELS, ModelArgs, Transformer
+from model import ModelArgs, Transformer
 from quantize import write_checkpoint
 from scripts.hf_tokenizer import convert_tokenizer, read_json
+from scripts.published_models import MODELS, named
 from vision import build_encoder
 
 
@@ -518,13 +519,13 @@ def stored_dtype(source: Source, files: dict[str, Path]) -> torch.dtype:
 
 
 def check_row(name: str, args: ModelArgs) -> None:
-    """ValueError where args, made of config.json, are not the row `name` of model.MODELS."""
+    """ValueError where args, made of config.json, are not the row `name` of published_models.MODELS."""
     # An Instruct or chat model without a row of its own has its base model's numbers.
     names = (name, name.removesuffix("-Instruct"), name.replace("-chat", ""))
     row = next((known for known in names if known in MODELS), None)
     if row is None:
         raise ValueError(f"--model_name {name} is not in the table; these are: {', '.join(MODELS)}")
-    wanted = asdict(ModelArgs.named(row)) | {"n_tokens": args.n_tokens}
+    wanted = asdict(named(row)) | {"n_tokens": args.n_tokens}
     if difference := first_difference(asdict(args), wanted):
         raise ValueError(f"config.json is not that of {name}: {difference}")
 
@@ -543,7 +544,7 @@ def first_difference(found: dict, wanted: dict) -> str | None:
 def convert(hub_dir: Path, model_name: str | None = None) -> None:
     """Raises ValueError or OSError with one line for whatever is wrong with the folder; then nothing new is left.
 
-    model_name: a row of model.MODELS that config.json has to agree with.
+    model_name: a row of published_models.MODELS that config.json has to agree with.
     """
     if not hub_dir.is_dir():
         raise ValueError(f"no such folder: {hub_dir}; download it first (scripts/download.py)")
@@ -583,7 +584,7 @@ def convert(hub_dir: Path, model_name: str | None = None) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--checkpoint_dir", type=Path, required=True, help="a downloaded folder, and the results'")
-    parser.add_argument("--model_name", help="refuse unless config.json is that of this row of model.MODELS")
+    parser.add_argument("--model_name", help="refuse unless config.json is that of this row of published_models.py")
     args = parser.parse_args()
     try:
         convert(args.checkpoint_dir, args.model_name)

@@ -1,4 +1,4 @@
-"""What the hub's config.json files say, for the models of model.MODELS: the keys that describe the architecture.
+"""What the hub's config.json files say of every row of MODELS: the keys that describe the architecture.
 
 Written down apart from that table, so that the two can be compared. Where from:
 - the hub's own pages of config.json: AMD-Llama-135m, Qwen2-72B and -Instruct, Qwen2.5-32B, Qwen2.5-VL-7B and 72B (of

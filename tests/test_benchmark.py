@@ -5,8 +5,7 @@ import xml.etree.ElementTree
 
 import pytest
 
-import model
-from scripts import benchmark, plot
+from scripts import benchmark, plot, published_models
 
 TINY = dict(vocab_size=1024, dim=64, n_layer=2, n_head=4, n_kv_head=2, intermediate_size=96, qkv_bias=True)
 FLAGS = ["--device", "cpu", "--prompt_tokens", "20", "--repeat", "2", "--speculate_k", "3"]
@@ -14,14 +13,14 @@ FLAGS = ["--device", "cpu", "--prompt_tokens", "20", "--repeat", "2", "--specula
 
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch):
-    monkeypatch.setitem(model.MODELS, "tiny", TINY)
-    monkeypatch.setitem(model.MODELS, "tiny-draft", dict(TINY, n_layer=1))
-    vit = dict(model.VIT, dim=32, depth=2, n_head=2, hidden=48, full_layers=[1], out_dim=64)
+    monkeypatch.setitem(published_models.MODELS, "tiny", TINY)
+    monkeypatch.setitem(published_models.MODELS, "tiny-draft", dict(TINY, n_layer=1))
+    vit = dict(published_models.VIT, dim=32, depth=2, n_head=2, hidden=48, full_layers=[1], out_dim=64)
     row = dict(TINY, mrope_section=(2, 3, 3), image_token_id=1023, vision=vit)
-    monkeypatch.setitem(model.MODELS, "tiny-vl", row)
-    vit = dict(model.LLAVA_VIT, dim=32, depth=2, n_head=2, hidden=48, tile=28, out_dim=64)
+    monkeypatch.setitem(published_models.MODELS, "tiny-vl", row)
+    vit = dict(published_models.LLAVA_VIT, dim=32, depth=2, n_head=2, hidden=48, tile=28, out_dim=64)
     vit["resolutions"] = [(28 * height, 28 * width) for height in (1, 2, 3) for width in (1, 2, 3)]
-    monkeypatch.setitem(model.MODELS, "tiny-llava", dict(TINY, image_token_id=1023, vision=vit))
+    monkeypatch.setitem(published_models.MODELS, "tiny-llava", dict(TINY, image_token_id=1023, vision=vit))
     monkeypatch.setattr(benchmark, "READ_BYTES", 2**20)
 
 

@@ -13,8 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from model import MODELS, ModelArgs
 from scripts import convert_hf_checkpoint
+from scripts.published_models import MODELS, named
 from tests import hub
 from tests.conftest import LLAMA31
 
@@ -184,7 +184,7 @@ def test_model_name_without_a_row(folder, refusal):
 
 def test_rows_can_be_built():
     """As a benchmark does, with random weights."""
-    args = ModelArgs.named("AMD-Llama-135m")
+    args = named("AMD-Llama-135m")
     with torch.device("meta"):
         model = convert_hf_checkpoint.Transformer(args)
     assert sum(p.numel() for p in model.parameters()) == 134_105_856

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from generate import generate
-from model import ModelArgs
 from scripts.benchmark import make_prompt, random_engine
+from scripts.published_models import named
 
 WHOLE = None
 N_LAYER = {
@@ -32,7 +32,7 @@ N_LAYER = {
 @pytest.mark.parametrize("name", N_LAYER)
 @torch.inference_mode()
 def test_forward_at_full_size(name):
-    args = ModelArgs.named(name)
+    args = named(name)
     if layers := N_LAYER[name]:
         cross = tuple(i for i in args.cross_attention_layers if i < layers)
         args = replace(args, n_layer=layers, cross_attention_layers=cross)

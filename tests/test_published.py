@@ -9,9 +9,9 @@ import pytest
 import torch
 import transformers
 
-from model import MODELS, ModelArgs
 from scripts import convert_hf_checkpoint
 from scripts.convert_hf_checkpoint import ARCHITECTURES, always_unused, build_tensor, expected_shapes
+from scripts.published_models import MODELS, named
 from tests.published import CONFIGS, LIKE, PARAMETERS, PREPROCESSOR
 
 HUB_NAMES = {  # what new transformers calls a tensor -> what the hub's files call it
@@ -95,7 +95,7 @@ def test_every_row_is_checked():
 @pytest.mark.parametrize("name", CONFIGS)
 def test_row_is_what_the_converter_makes_of_config_json(name, folder):
     args, *_ = plan_of(name, folder)
-    row = ModelArgs.named(name)
+    row = named(name)
     if not is_whole(name):
         row = replace(row, vision=None)
     if args.image_token_id is None:  # lmms-lab's is the tokenizer's business
@@ -124,4 +124,4 @@ def test_vision_config_of_fine_tunes_that_leave_defaults_out(folder):
     config = CONFIGS[name] | {"vision_config": {"hidden_size": 1280, "in_chans": 3, "tokens_per_second": 2}}
     config["rope_scaling"] = {"mrope_section": [16, 24, 24], "rope_type": "default", "type": "default"}
     args, *_ = ARCHITECTURES[architecture](config, folder)
-    assert args == ModelArgs.named(name)
+    assert args == named(name)

@@ -15,8 +15,9 @@ from torch import nn
 import cpu
 import generate
 import quantize
-from model import MODELS, ModelArgs, Transformer
+from model import ModelArgs, Transformer
 from quantize import MODES, QuantizedLinear, dequantize, group_for, pack_layer, quantize_groups, quantize_layer
+from scripts.published_models import MODELS, named
 from tests.conftest import MAKERS, draw
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA"))]
@@ -183,7 +184,7 @@ def test_slices():
 @pytest.mark.parametrize("name", MODELS)
 def test_published_sizes(name):
     """Every group divides every layer, and the quantized layers are as small as they should be."""
-    args = ModelArgs.named(name)
+    args = named(name)
     with torch.device("meta"):
         layers = quantize.linears(Transformer(args))
     for mode, most in {"int8": 0.53, "int4": 0.28, "fp8": 0.53}.items():

@@ -18,8 +18,9 @@ import torch
 import generate
 import quantize
 import tp
-from model import MODELS, ModelArgs, Transformer
+from model import ModelArgs, Transformer
 from scripts.convert_hf_checkpoint import convert
+from scripts.published_models import MODELS, named
 from tests import hub, rank
 from tests.conftest import MAKERS
 
@@ -182,7 +183,7 @@ def test_quantized_families(monkeypatch, checkpoint, pictures, family, mode, n):
 @pytest.mark.parametrize("name", MODELS)
 def test_every_head_and_width_is_dealt_once(name):
     """All models, whole and in int4's groups of 128, on any number of ranks."""
-    args = ModelArgs.named(name)
+    args = named(name)
     group, width = args.n_head // args.n_kv_head, args.intermediate_size
     for n in {2, 3, 4, 5, 6, 8, 12, 16, args.n_head} & set(range(args.n_head + 1)):
         heads = tp.deal_heads(args.n_head, args.n_kv_head, n)
