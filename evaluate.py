@@ -1,7 +1,7 @@
 """The benchmark: questions in, accuracy and speed out, from one command.
 
 Knows what is compared with what, how an answer is timed, and how a run is written down so that it can go on. Does not
-know models (generate.answer() answers), benchmarks (scripts/questions.py) or how figures add up (scripts/results.py).
+know models (generate.answer() answers), benchmarks (scripts/tasks/) or how figures add up (scripts/results.py).
 """
 
 import argparse
@@ -32,9 +32,9 @@ from generate import (
     one_line,
     weight_bytes,
 )
-from scripts import human_eval, mmmu
-from scripts.questions import BENCHMARKS, Benchmark, Question
 from scripts.results import Progress, Results, accuracy, group_accuracy, print_summary, rates, summarize
+from scripts.tasks import human_eval, mmmu
+from scripts.tasks.questions import BENCHMARKS, Benchmark, Question
 from tokenizer import Tokenizer
 from vision import Pruning, load_image
 

@@ -12,7 +12,7 @@ import sys
 import time
 from pathlib import Path
 
-from scripts.mmmu import DISCIPLINES
+from scripts.tasks.mmmu import DISCIPLINES
 
 ROWS = [  # of the table: name, field of rates(), decimals
     ("decode, tokens/s", "tokens_per_s", 1),

@@ -43,7 +43,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from scripts.scenes import (
+from scripts.tasks.scenes import (
     CAPTION_PROMPTS,
     HELD_OUT_SEED,
     OPEN_INSTRUCTION,

@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw
 
 import generate
 from scripts.convert_hf_checkpoint import convert
-from tests import hub
+from tests.helpers import hub
 
 torch.set_num_threads(1)  # the models are too small to share
 

@@ -14,9 +14,10 @@ from pathlib import Path
 import pytest
 
 import evaluate
-from scripts import human_eval, results
-from scripts.questions import BENCHMARKS
-from tests import bench
+from scripts import results
+from scripts.tasks import human_eval
+from scripts.tasks.questions import BENCHMARKS
+from tests.helpers import bench
 from vision import Pruning
 
 ROOT = Path(__file__).resolve().parent.parent

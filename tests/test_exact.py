@@ -7,7 +7,7 @@ from PIL import Image, ImageOps
 
 from generate import generate, load
 from tests.conftest import draw
-from tests.reference import NEAR_TIE, agree_up_to_near_tie, greedy, in_bfloat16
+from tests.helpers.reference import NEAR_TIE, agree_up_to_near_tie, greedy, in_bfloat16
 from vision import build_prompt, load_image
 
 TEXT_FAMILIES = ["qwen2", "qwen2.5-tied", "llama2", "llama3.1", "llama3.2", "llama-head-dim"]

@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 import generate
 from scripts import convert_hf_checkpoint
 from scripts.convert_hf_checkpoint import convert, read_pinpoints
-from tests import hub
 from tests.conftest import Pair, draw
+from tests.helpers import hub
 from tests.test_exact import KINDS, greedy, reference_picture
 from vision import build_prompt, encode_image, load_image
 

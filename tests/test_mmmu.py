@@ -7,8 +7,8 @@ from random import Random
 import pytest
 
 import evaluate
-from scripts import mmmu
-from tests import bench
+from scripts.tasks import mmmu
+from tests.helpers import bench
 
 OPTIONS = {"A": "red fox", "B": "Blue whale", "C": "12.5 cm", "D": "<image 1>"}
 

@@ -12,7 +12,7 @@ import transformers
 from scripts import convert_hf_checkpoint
 from scripts.convert_hf_checkpoint import ARCHITECTURES, always_unused, build_tensor, expected_shapes
 from scripts.published_models import MODELS, named
-from tests.published import CONFIGS, LIKE, PARAMETERS, PREPROCESSOR
+from tests.helpers.published import CONFIGS, LIKE, PARAMETERS, PREPROCESSOR
 
 HUB_NAMES = {  # what new transformers calls a tensor -> what the hub's files call it
     "Qwen2_5_VLForConditionalGeneration": {"model.visual.": "visual.", "model.language_model.": "model."},

@@ -11,7 +11,7 @@ from PIL import Image
 
 import evaluate
 from scripts import report
-from tests import bench
+from tests.helpers import bench
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 HOSTILE = '<script>alert(1)</script> & "quotes" <img src=x onerror=alert(1)>'

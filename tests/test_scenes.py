@@ -1,4 +1,4 @@
-"""The scenes that the tiny models learn and are examined on: scripts/scenes.py."""
+"""The scenes that the tiny models learn and are examined on: scripts/tasks/scenes.py."""
 
 import json
 import re
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from scripts.scenes import (
+from scripts.tasks.scenes import (
     HELD_OUT_SEED,
     SIZES,
     held_out_questions,

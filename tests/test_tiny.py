@@ -11,7 +11,7 @@ import torch
 
 from generate import DEFAULT_CHECKPOINT, DEFAULT_DRAFT, DEFAULT_IMAGE, generate, load
 from quantize import quantize_in_place
-from scripts.scenes import held_out_questions
+from scripts.tasks.scenes import held_out_questions
 
 ROOT = Path(__file__).resolve().parent.parent
 N_QUESTIONS = 500

@@ -21,8 +21,8 @@ import tp
 from model import ModelArgs, Transformer
 from scripts.convert_hf_checkpoint import convert
 from scripts.published_models import MODELS, named
-from tests import hub, rank
 from tests.conftest import MAKERS
+from tests.helpers import hub, rank
 
 ROOT = Path(__file__).resolve().parent.parent
 FAMILIES = [name for name in MAKERS if name != "llava-384"]
@@ -238,7 +238,7 @@ def finish(processes: list, timeout: float = 240) -> tuple[list[int], str, str]:
 def in_processes(folder: Path, n: int, cases: list[dict]) -> list[list[dict]]:
     """What each rank has found of each case."""
     (folder / "cases.json").write_text(json.dumps(cases))
-    statuses, out, err = finish(start(n, ROOT / "tests/rank.py", folder / "cases.json", folder / "results"))
+    statuses, out, err = finish(start(n, ROOT / "tests/helpers/rank.py", folder / "cases.json", folder / "results"))
     assert statuses == [0] * n and out == "", err
     return [torch.load(folder / f"results.{i}") for i in range(n)]
 

@@ -6,7 +6,7 @@ import transformers
 
 import generate
 from scripts.convert_hf_checkpoint import convert
-from scripts.scenes import HELD_OUT_SEED, VALIDATION_SEED, held_out_questions
+from scripts.tasks.scenes import HELD_OUT_SEED, VALIDATION_SEED, held_out_questions
 
 train_tiny = pytest.importorskip("scripts.train_tiny", exc_type=ImportError)
 N_SCENES = 1000  # enough for the words of the corpus to be tokens

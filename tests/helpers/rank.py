@@ -1,14 +1,14 @@
 """One of the processes that test_tp.py starts: answers the cases of a JSON file, and writes down what came out.
 
-python tests/rank.py CASES.json RESULTS: each rank writes RESULTS.<rank>. A case is the flags of generate.py, and
-"image", a picture for the question; "traced": the step is one graph, but no kernels are compiled for it.
+python tests/helpers/rank.py CASES.json RESULTS: each rank writes RESULTS.<rank>. A case is the flags of generate.py,
+and "image", a picture for the question; "traced": the step is one graph, but no kernels are compiled for it.
 """
 
 import json
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
 import torch
 

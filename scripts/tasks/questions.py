@@ -1,7 +1,7 @@
 """The benchmarks by name: where their questions come from, how they are asked and who judges the answers.
 
-Knows files, the hub, and the embedded benchmark, whose pictures scripts/scenes.py draws. Does not know models, timing
-or results. A question is a dict with "id", "group" (its subject, for a table) and what its benchmark needs.
+Knows files, the hub, and the embedded benchmark, whose pictures scenes.py draws. Does not know models, timing or
+results. A question is a dict with "id", "group" (its subject, for a table) and what its benchmark needs.
 """
 
 import argparse
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
-from scripts import human_eval, mmmu, scenes
+from scripts.tasks import human_eval, mmmu, scenes
 
 Question = dict
 

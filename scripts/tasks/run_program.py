@@ -1,4 +1,4 @@
-"""The child of scripts/human_eval.py: limits itself, then runs the program that stands on stdin.
+"""The child of human_eval.py: limits itself, then runs the program that stands on stdin.
 
 Usage: python -I run_program.py SECONDS BYTES < JSON {"program", "secret"}. Writes JSON to stdout: "error" (None if the
 program ran to its end), "isolated" (whether the kernel cuts it off from the network) and the secret, which a program
