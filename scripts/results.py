@@ -3,7 +3,8 @@
 Knows what evaluate.py finds out. Does not know models, benchmarks or torch.
 
 The first line of a file says how the run was made, each other one is a question answered by a variant: "id",
-"variant", "group", "turns" (figures of each answer, see evaluate.figures) or "error", "correct" where it was judged.
+"variant", "group", "turns" (figures of each answer, see evaluate.figures) or "error", "correct" where it was judged,
+"discipline" where the benchmark sorts its groups into such.
 """
 
 import json
@@ -11,8 +12,6 @@ import statistics
 import sys
 import time
 from pathlib import Path
-
-from scripts.tasks.mmmu import DISCIPLINES
 
 ROWS = [  # of the table: name, field of rates(), decimals
     ("decode, tokens/s", "tokens_per_s", 1),
@@ -170,17 +169,21 @@ def accuracy(lines: list[dict], judged: bool = True) -> dict:
 
 
 def group_accuracy(lines: list[dict], judged: bool = True) -> dict:
-    """Per subject (the group of a question), and per discipline where the subjects are MMMU's."""
-    groups: dict[str, list] = {}
-    for line in lines:
-        groups.setdefault(line["group"], []).append(line)
-    members = {
-        name: [line for subject in names for line in groups.get(subject, [])] for name, names in DISCIPLINES.items()
-    }
+    """Per subject (the group of a question), and per discipline where the benchmark has disciplines."""
+    disciplines, subjects = group_by(lines, "discipline"), group_by(lines, "group")
     return {
-        "disciplines": {name: accuracy(lines, judged) for name, lines in members.items() if lines},
-        "subjects": {name: accuracy(lines, judged) for name, lines in groups.items()},
+        "disciplines": {name: accuracy(members, judged) for name, members in disciplines.items()},
+        "subjects": {name: accuracy(members, judged) for name, members in subjects.items()},
     }
+
+
+def group_by(lines: list[dict], field: str) -> dict[str, list[dict]]:
+    """The lines that have the field, under its values, in the order in which these first occur."""
+    groups: dict[str, list[dict]] = {}
+    for line in lines:
+        if field in line:
+            groups.setdefault(line[field], []).append(line)
+    return groups
 
 
 def summarize(header: dict, lines: list[dict]) -> dict:

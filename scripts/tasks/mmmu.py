@@ -77,13 +77,19 @@ def read_parquet(path: Path, columns: list[str]) -> list[dict]:
 
 def prepare(row: dict, subject: str) -> dict:
     """A question with the fields of the official evaluation. A bad one is told from the others when it is asked."""
-    question = {name: row[name] for name in COLUMNS} | {"subject": subject, "group": subject}
+    question = {name: row[name] for name in COLUMNS} | groups_of(subject)
     question["answer"] = as_list(row["answer"]) or row["answer"]
     question["options"] = as_list(row["options"])
     if row["question_type"] == MULTIPLE_CHOICE and question["options"]:
         question["all_choices"] = [chr(ord("A") + i) for i in range(len(question["options"]))]
         question["index2ans"] = dict(zip(question["all_choices"], question["options"]))
     return question | {f"image_{i}": row.get(f"image_{i}") for i in range(1, MAX_IMAGES + 1)}
+
+
+def groups_of(subject: str) -> dict:
+    """The fields under which results are added up; "discipline" where the subject is one of the official ones."""
+    discipline = {"discipline": DISCIPLINE_OF[subject]} if subject in DISCIPLINE_OF else {}
+    return {"subject": subject, "group": subject} | discipline
 
 
 def as_list(value) -> list[str] | None:
@@ -264,10 +270,10 @@ def subject_of(question_id: str) -> str:
 
 
 def score_responses(responses: list[dict]) -> list[dict]:
-    """The responses with "correct" and "subject", guesses drawn in the order of the file as the official code does."""
+    """The responses with "correct" and their groups; guesses are drawn in the order of the file, as officially."""
     rng = Random(SEED)
     scored = []
     for response in responses:
         verdict = score(response, [response["response"]], rng)
-        scored.append(response | verdict | {"group": subject_of(response["id"])})
+        scored.append(response | verdict | groups_of(subject_of(response["id"])))
     return scored

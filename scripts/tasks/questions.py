@@ -99,7 +99,7 @@ BENCHMARKS = {
         mmmu.score,
         max_new_tokens=128,
         has_images=True,
-        kept=("question_type", "answer", "all_choices", "index2ans"),
+        kept=("discipline", "question_type", "answer", "all_choices", "index2ans"),
     ),
     "mt_bench": Benchmark(load_mt_bench, ask_mt_bench, max_new_tokens=1024),
     "human_eval": Benchmark(load_human_eval, human_eval.ask, human_eval.score, executes_code=True),
