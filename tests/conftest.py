@@ -8,42 +8,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models are tiny: threads wo
 
 import pytest
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image
 
-import generate
 from scripts.convert_hf_checkpoint import convert
-from tests.helpers import hub
+from tests.helpers.checkpoints import MAKERS, Pair
+from tests.helpers.pictures import draw
 
 torch.set_num_threads(1)  # the models are too small to share
-
-LLAMA31 = {"rope_theta": 500000.0, "rope_scaling": hub.SCALING}
-HEAD_DIM = {"head_dim": 24, "rope_theta": 1e6}  # wider than hidden_size / heads; CodeLlama's base
-MAKERS = {
-    "llama2": lambda folder, seed: hub.make_llama2(folder, "sharded.bin", seed),
-    "llama3.1": lambda folder, seed: hub.make_llama(folder, LLAMA31, "sharded.safetensors", seed),
-    "llama3.2": lambda folder, seed: hub.make_llama(folder, LLAMA31 | {"tie_word_embeddings": True}, seed=seed),
-    "llama-head-dim": lambda folder, seed: hub.make_llama(folder, HEAD_DIM, "single.bin", seed),
-    "qwen2": lambda folder, seed: hub.make_qwen_text(folder, tied=False, seed=seed),
-    "qwen2.5-tied": lambda folder, seed: hub.make_qwen_text(folder, tied=True, seed=seed),
-    "qwen2.5-vl": lambda folder, seed: hub.make_qwen_vl(folder, tied=True, seed=seed),
-    "qwen2.5-vl-untied": lambda folder, seed: hub.make_qwen_vl(folder, tied=False, seed=seed),
-    "llava-hf": lambda folder, seed: hub.make_llava_hf(folder, tied=False, seed=seed),
-    "llava-hf-tied": lambda folder, seed: hub.make_llava_hf(folder, tied=True, seed=seed),
-    "llava-lmms": lambda folder, seed: hub.make_llava_lmms(folder, tied=False, seed=seed),
-    "llava-lmms-tied": lambda folder, seed: hub.make_llava_lmms(folder, tied=True, seed=seed),
-    "llava-384": lambda folder, seed: hub.make_llava_hf(folder, tied=True, tile=384, tall=6, wide=6, seed=seed),
-    "llama-3.2-vision": lambda folder, seed: hub.make_llama_vision(folder, seed=seed),
-}
-
-
-class Pair:
-    """A checkpoint of ours and the transformers model that it was made of."""
-
-    def __init__(self, folder: Path, reference: torch.nn.Module):
-        self.folder, self.reference = folder, reference
-        self.path = folder / "model.pth"
-        self.engine, self.tokenizer = generate.load(self.path, "cpu", torch.float32)
-        self.model, self.encoder = self.engine.model, self.engine.encoder
 
 
 @pytest.fixture(scope="session")
@@ -60,16 +31,6 @@ def pair(tmp_path_factory):
         return made[name]
 
     return get
-
-
-def draw(width: int, height: int, seed: int = 0) -> Image.Image:
-    """A picture with smooth areas, edges and fine detail."""
-    generator = torch.Generator().manual_seed(seed)
-    noise = torch.randint(0, 256, (height, width, 3), generator=generator, dtype=torch.uint8)
-    image = Image.frombytes("RGB", (width, height), bytes(noise.flatten().tolist()))
-    image = Image.blend(image, Image.linear_gradient("L").resize(image.size).convert("RGB"), 0.7)
-    ImageDraw.Draw(image).ellipse((width * 0.2, height * 0.1, width * 0.7, height * 0.8), fill=(200, 30, 40 + seed))
-    return image
 
 
 @pytest.fixture(scope="session")

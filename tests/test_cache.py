@@ -5,7 +5,7 @@ import torch
 
 import generate
 from generate import Sampling, draw, probabilities
-from tests.conftest import draw as draw_picture
+from tests.helpers.pictures import draw as draw_picture
 
 VL_FAMILIES = ["qwen2.5-vl", "llava-hf", "llama-3.2-vision"]
 FAMILIES = ["qwen2", *VL_FAMILIES]

@@ -90,6 +90,15 @@ def test_nothing_else_is_needed_at_run_time(name):
     assert found <= (RUNTIME - {"torch", "PIL"} if name == "tokenizer" else RUNTIME)
 
 
+def test_tests_share_through_helpers_alone():
+    for file in sorted((ROOT / "tests").rglob("*.py")):
+        nodes = [
+            node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Import | ast.ImportFrom)
+        ]
+        names = [getattr(node, "module", None) or alias.name for node in nodes for alias in node.names]
+        assert all(name.startswith("tests.helpers") for name in names if name.partition(".")[0] == "tests"), file.name
+
+
 def test_importing_generate_loads_neither_transformers_nor_extras(tmp_path):
     base = loaded_by("import torch, sentencepiece, PIL.Image, PIL.ImageOps", tmp_path)
     loaded = loaded_by("import generate", tmp_path)

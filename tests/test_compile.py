@@ -9,7 +9,7 @@ import torch
 import generate
 from cpu import prepare
 from quantize import quantize_in_place
-from tests.conftest import draw
+from tests.helpers.pictures import draw
 from vision import Pruning
 
 SIZES = [(200, 150), (100, 300), (56, 56)]

@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 
 from scripts import convert_hf_checkpoint
 from scripts.published_models import MODELS, named
-from tests.conftest import LLAMA31
 from tests.helpers import hub
+from tests.helpers.checkpoints import LLAMA31
 
 ROOT = Path(__file__).resolve().parent.parent
 LAYOUTS = ["single.safetensors", "sharded.safetensors", "single.bin", "sharded.bin"]

@@ -3,24 +3,15 @@
 import pytest
 import torch
 import transformers
-from PIL import Image, ImageOps
+from PIL import Image
 
 from generate import generate, load
-from tests.conftest import draw
+from tests.helpers.pictures import KINDS, draw, reference_picture
 from tests.helpers.reference import NEAR_TIE, agree_up_to_near_tie, greedy, in_bfloat16
 from vision import build_prompt, load_image
 
 TEXT_FAMILIES = ["qwen2", "qwen2.5-tied", "llama2", "llama3.1", "llama3.2", "llama-head-dim"]
 VL_FAMILIES = ["qwen2.5-vl", "qwen2.5-vl-untied"]
-KINDS = ["square", "wide", "tall", "small", "large", "grey", "palette", "rgba", "exif"]
-
-
-def reference_picture(path) -> Image.Image:
-    """As transformers sees the file: its load_image turns the picture upright, its processor makes it RGB."""
-    image = ImageOps.exif_transpose(Image.open(path))
-    if image.mode == "RGBA" and transformers.__version__ < "5.23":
-        pytest.skip("this transformers drops alpha; the current one composites onto white, as we do")
-    return image
 
 
 def reference_inputs(pair, images: list[Image.Image]) -> dict:

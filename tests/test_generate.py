@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 import generate
-from tests.conftest import draw
+from tests.helpers.pictures import draw
 from vision import load_image
 
 ROOT = Path(__file__).resolve().parent.parent

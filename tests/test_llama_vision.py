@@ -17,9 +17,10 @@ from transformers.models.mllama.processing_mllama import (
 
 import generate
 from scripts.convert_hf_checkpoint import MLLAMA_GRIDS, convert, mllama
-from tests.conftest import Pair, draw
 from tests.helpers import hub
-from tests.test_exact import KINDS, greedy, reference_picture
+from tests.helpers.checkpoints import Pair
+from tests.helpers.pictures import KINDS, draw, reference_picture
+from tests.helpers.reference import greedy
 from vision import CLIP_MEAN, CLIP_STD, LlamaEncoder, Pruning, build_prompt, load_image, who_sees
 
 FAMILY = "llama-3.2-vision"

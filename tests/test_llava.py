@@ -11,9 +11,10 @@ from safetensors.torch import load_file, save_file
 import generate
 from scripts import convert_hf_checkpoint
 from scripts.convert_hf_checkpoint import convert, read_pinpoints
-from tests.conftest import Pair, draw
 from tests.helpers import hub
-from tests.test_exact import KINDS, greedy, reference_picture
+from tests.helpers.checkpoints import Pair
+from tests.helpers.pictures import KINDS, draw, reference_picture
+from tests.helpers.reference import greedy
 from vision import build_prompt, encode_image, load_image
 
 FAMILIES = ["llava-hf", "llava-hf-tied", "llava-lmms", "llava-lmms-tied"]

@@ -18,7 +18,8 @@ import quantize
 from model import ModelArgs, Transformer
 from quantize import MODES, QuantizedLinear, dequantize, group_for, pack_layer, quantize_groups, quantize_layer
 from scripts.published_models import MODELS, named
-from tests.conftest import MAKERS, draw
+from tests.helpers.checkpoints import MAKERS
+from tests.helpers.pictures import draw
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA"))]
 DTYPES = {torch.float32: 1e-3, torch.bfloat16: 1e-2, torch.float16: 2e-3}  # and the relative error that each is allowed

@@ -13,8 +13,8 @@ from torch.utils._pytree import tree_leaves
 import generate
 from generate import Sampling, accept, draw
 from scripts.convert_hf_checkpoint import convert
-from tests.conftest import draw as draw_picture
 from tests.helpers import hub
+from tests.helpers.pictures import draw as draw_picture
 from vision import Pruning, survivors
 
 TEXT_FAMILIES = ["qwen2.5-tied", "llama3.1"]

@@ -21,8 +21,8 @@ import tp
 from model import ModelArgs, Transformer
 from scripts.convert_hf_checkpoint import convert
 from scripts.published_models import MODELS, named
-from tests.conftest import MAKERS
 from tests.helpers import hub, rank
+from tests.helpers.checkpoints import MAKERS
 
 ROOT = Path(__file__).resolve().parent.parent
 FAMILIES = [name for name in MAKERS if name != "llava-384"]
