@@ -1,4 +1,4 @@
-"""Download what the converter needs of a model from the hub: weights, tokenizer, configuration, chat template.
+"""Download the files of a Hugging Face model that the converter needs: weights, tokenizer, config, chat template.
 
 python scripts/download.py --repo_id Qwen/Qwen2.5-VL-3B-Instruct --download_dir checkpoints [--hf_token T]
 """
@@ -12,7 +12,7 @@ WANTED = ["*.json", "*.jinja", "tokenizer.model", "original/tokenizer.model", "m
 
 
 def choose_files(names: list[str]) -> list[str]:
-    """The files to fetch: of the formats in which weights are offered, only one."""
+    """The files to fetch. Where weights exist in several formats, only one of these is chosen."""
     top = [name for name in names if "/" not in name or name.startswith("original/")]
     weights = [name for name in top if fnmatch(name, "model*.safetensors")]
     weights = weights or [name for name in top if fnmatch(name, "pytorch_model*.bin")]
@@ -24,7 +24,7 @@ def download(repo_id: str, download_dir: Path, token: str | None) -> Path:
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.utils import logging
 
-    logging.set_verbosity_error()  # its retries are no news to the user, the last error is
+    logging.set_verbosity_error()  # a retry does not concern the user, the last error does
     names = choose_files(HfApi(token=token).list_repo_files(repo_id))
     if not any(name.endswith((".safetensors", ".bin")) for name in names):
         raise ValueError(f"{repo_id} holds neither model*.safetensors nor pytorch_model*.bin")
@@ -35,13 +35,13 @@ def download(repo_id: str, download_dir: Path, token: str | None) -> Path:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--repo_id", required=True, help="as on the hub: organisation/name")
+    parser.add_argument("--repo_id", required=True, help="organisation/name on Hugging Face")
     parser.add_argument("--download_dir", type=Path, default=Path("checkpoints"))
     parser.add_argument("--hf_token", help="for gated models; default: the HF_TOKEN variable or the stored login")
     args = parser.parse_args()
     try:
         print(download(args.repo_id, args.download_dir, args.hf_token))
-    except Exception as error:  # the network's, the hub's and the disk's errors share no class
+    except Exception as error:  # errors of network, server and disk have no common class
         print(f"download.py: {args.repo_id}: {' '.join(str(error).split())[:300]}", file=sys.stderr)
         sys.exit(2)
 

@@ -1,7 +1,7 @@
-"""Other programs, asked to run a model's shapes with random weights: what scripts/benchmark.py compares with.
+"""Other programs that run the shapes of a model with random weights, for scripts/benchmark.py to compare with.
 
 Knows transformers' configurations and llama.cpp's files, as they follow from model.ModelArgs. Does not know our engine.
-A peer has prefill() and step(), each of which does that once and returns its seconds.
+A peer has prefill() and step(), each of which runs that once and returns the seconds it took.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ def seconds_of(run: Callable[[], object], device: torch.device) -> float:
 
 
 class Transformers:
-    """The whole model with its image processor. The best of two ways to decode is taken for its speed.
+    """The whole model with its image processor. The faster of two ways to decode counts as its speed.
 
     eager: what generate() does by default for a token, without generate()'s own overhead, to the peer's advantage.
     compiled: StaticCache, forward under torch.compile.
@@ -43,7 +43,7 @@ class Transformers:
         self.model.tie_weights()
         for parameter in self.model.parameters():
             fill(parameter) if parameter.ndim > 1 else parameter.fill_(1)
-        for module in self.model.modules():  # what is computed and not stored was emptied too
+        for module in self.model.modules():  # to_empty() cleared computed buffers too
             if "rotary" in type(module).__name__.lower():
                 fresh = type(module)(module.config) if hasattr(module, "config") else type(module)(module.dim)
                 module.load_state_dict(fresh.state_dict())
@@ -109,19 +109,19 @@ class Transformers:
         raise ValueError(f"--compare transformers does not know the encoder {kind}")
 
     def read_prompt(self, n_visual: int | None = None) -> dict:
-        """Inputs of forward(): pictures preprocessed, and as many image tokens as they have rows."""
+        """Inputs of forward(): preprocessed images, and one image token for each of their features."""
         if not self.images:
             return {"input_ids": self.ids}
         inputs = {k: v.to(self.device) for k, v in self.processor(self.images, return_tensors="pt").items()}
         if n_visual is None:
-            n_visual = self.count_rows(inputs)
+            n_visual = self.count_features(inputs)
         ids = torch.cat((self.ids[:, :1].expand(1, n_visual), self.ids[:, 1:]), dim=1)
         inputs["pixel_values"] = inputs["pixel_values"].to(self.model.dtype)
         if "image_grid_thw" in inputs:
             inputs["mm_token_type_ids"] = (ids == self.args.image_token_id).int()
         return inputs | {"input_ids": ids}
 
-    def count_rows(self, inputs: dict) -> int:
+    def count_features(self, inputs: dict) -> int:
         if "image_grid_thw" in inputs:
             return int(inputs["image_grid_thw"].prod()) // self.args.vision["merge"] ** 2
         pixels = inputs["pixel_values"].to(self.model.dtype)
@@ -129,7 +129,7 @@ class Transformers:
         return len(torch.cat(list(features.pooler_output)))
 
     def prefill(self) -> float:
-        """From the picture and the ids to the first token's logits, into a new growing cache."""
+        """From the image and the ids to the first token's logits, into a new growing KV cache."""
         if not hasattr(self, "n_visual"):
             self.n_visual = self.read_prompt()["input_ids"].shape[1] - self.ids.shape[1] + 1 if self.images else None
         start = now(self.device)
@@ -139,7 +139,7 @@ class Transformers:
         return seconds
 
     def step(self) -> float:
-        """A token, in the cache of the last prefill."""
+        """Decode one token with the KV cache of the last prefill."""
         cache, text = self.caches["eager"], self.ids[:, -1:]
         return seconds_of(lambda: self.model(text, past_key_values=cache, logits_to_keep=1), self.device)
 
@@ -165,8 +165,9 @@ class Transformers:
 class LlamaCpp:
     """llama.cpp, through PyPI's xllamacpp: every matrix, the output layer too, of one of its types (bf16, q8_0, q4_0).
 
-    Its times are those that it reports itself, of a request of 16 tokens after a prompt. It has a process of its own:
-    in ours its threads and PyTorch's, of one OpenMP, would make each other wait (our steps took 1.7 times as long).
+    Its times are those that it reports itself, for a request of 16 tokens after a prompt. It runs in its own process:
+    within ours, its threads and PyTorch's would share one OpenMP and wait for each other (our decode steps took 1.7
+    times as long).
     """
 
     def __init__(self, args: ModelArgs, kind: str, n_prompt: int, n_threads: int):
@@ -183,10 +184,10 @@ class LlamaCpp:
             n_slots = -(-(n_prompt + 64) // 256) * 256
             spawn.Process(target=serve_llama_cpp, args=(theirs, path, n_slots, n_threads), daemon=True).start()
             theirs.close()
-            self.receive()  # it has loaded the file
+            self.receive()  # returns once the file is loaded
 
-    def ask(self, n: int) -> dict:
-        self.prompt[0] = 1000 + next(self.numbers)  # another prompt each time: nothing is taken from its cache
+    def request(self, n: int) -> dict:
+        self.prompt[0] = 1000 + next(self.numbers)  # another prompt each time, so that its cache never applies
         request = {"prompt": self.prompt, "n_predict": n, "ignore_eos": True, "cache_prompt": False, "temperature": 0}
         self.connection.send(request)
         return self.receive()
@@ -195,17 +196,17 @@ class LlamaCpp:
         try:
             return self.connection.recv()
         except EOFError:
-            raise ValueError("llama.cpp ended before its time; what it said stands above") from None
+            raise ValueError("llama.cpp ended early; its own messages stand above") from None
 
     def prefill(self) -> float:
-        return self.ask(1)["prompt_ms"] / 1000
+        return self.request(1)["prompt_ms"] / 1000
 
     def step(self) -> float:
-        return self.ask(16)["predicted_per_token_ms"] / 1000
+        return self.request(16)["predicted_per_token_ms"] / 1000
 
 
 def serve_llama_cpp(connection, path: str, n_slots: int, n_threads: int) -> None:
-    """The other process: answers requests with the times that they took, until there are no more."""
+    """The other process: answers each request with the times that it took, until the connection closes."""
     import xllamacpp
 
     params = xllamacpp.CommonParams()
@@ -222,7 +223,7 @@ def serve_llama_cpp(connection, path: str, n_slots: int, n_threads: int) -> None
 
 
 def write_gguf(path: Path, args: ModelArgs, kind: str) -> str:
-    """A Qwen2 of random weights and a vocabulary of made-up words."""
+    """A Qwen2 of random weights and a vocabulary of synthetic words."""
     import gguf
     import numpy as np
 

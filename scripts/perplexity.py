@@ -1,11 +1,11 @@
-"""What quantization costs in quality: perplexity on Python's own library and documentation, formats side by side.
+"""What quantization costs in quality: perplexity on Python's own library and documentation, for several formats.
 
 Knows where a Python installation keeps text. Quantizes in memory, so that formats can be compared that no file holds
-(int4.g128.minmax is plain rounding, without the search).
+(int4.g128.minmax rounds between minimum and maximum, without the search).
 
     python scripts/perplexity.py --checkpoint_path checkpoints/Qwen/Qwen2.5-0.5B/model.pth --out perplexity.jsonl
 
-The text is always the same as long as Python is: a run that was interrupted goes on with the formats that --out lacks.
+The text depends only on the Python version: an interrupted run continues with the formats that --out lacks.
 """
 
 import argparse
@@ -37,11 +37,11 @@ MODULES = (
     "statistics",
     "textwrap",
 )
-WINDOW = 512  # tokens that are read together; the first of them only as context
+WINDOW = 512  # tokens in a forward pass; the first is context only
 
 
 def read_windows(tokenizer, n_tokens: int) -> list[list[int]]:
-    """Half code, half documentation: windows from all over, in turn."""
+    """Windows of WINDOW tokens at even distances: half of them code, half documentation."""
     library = Path(argparse.__file__).parent
     code = "".join((library / f"{name}.py").read_text(encoding="utf-8") for name in MODULES)
     documentation = "\n".join(text for _, text in sorted(pydoc_data.topics.topics.items()))
@@ -56,7 +56,7 @@ def read_windows(tokenizer, n_tokens: int) -> list[list[int]]:
 
 @torch.inference_mode()
 def mean_loss(model: nn.Module, windows: list[list[int]]) -> float:
-    """Nats a token."""
+    """Cross-entropy in nats per token."""
     total, input_pos = 0.0, torch.arange(WINDOW, device=model.norm.weight.device)
     for window in windows:
         tokens = torch.tensor(window, device=input_pos.device)
@@ -65,36 +65,36 @@ def mean_loss(model: nn.Module, windows: list[list[int]]) -> float:
     return total / (len(windows) * (WINDOW - 1))
 
 
-def change_weights(model: nn.Module, kind: str, dtype: torch.dtype, expand: bool) -> None:
-    """To one of FORMATS; expanded they are multiplied as the whole model's are, without a kernel for small weights."""
+def change_weights(model: nn.Module, kind: str, dtype: torch.dtype, dense: bool) -> None:
+    """Quantize to one of FORMATS. dense: dequantize the result, so that no quantized kernel is needed."""
     mode, *details = kind.split(".")
     group = int(details[0][1:]) if details else 128
     search = {"shrinks": (1.0,), "refits": 0} if "minmax" in details else {}
-    if not expand:
+    if not dense:
         return quantize_in_place(model, mode, group, dtype, **search)
     for linear in linears(model).values():
-        parts, *_ = quantize_layer(linear.weight.data, mode, group_for(linear.in_features, group), **search)
-        linear.weight = nn.Parameter(dequantize(*parts).to(dtype), requires_grad=False)
+        tensors, *_ = quantize_layer(linear.weight.data, mode, group_for(linear.in_features, group), **search)
+        linear.weight = nn.Parameter(dequantize(*tensors).to(dtype), requires_grad=False)
 
 
 def measure(kind: str, args: argparse.Namespace) -> float:
     dtype = getattr(torch, args.dtype)
     engine, tokenizer = generate.load(args.checkpoint_path, args.device, dtype)
     if kind != "none":
-        change_weights(engine.model, kind, dtype, args.expand)
+        change_weights(engine.model, kind, dtype, args.dequantize)
     engine.model.setup_caches(WINDOW)
     return math.exp(mean_loss(engine.model, read_windows(tokenizer, args.n_tokens)))
 
 
 def describe(kind: str, args: argparse.Namespace) -> dict:
-    """What a line of --out says of a run besides its result; equal for equal runs."""
+    """The fields of a line of --out that describe a run; equal for equal runs."""
     return {
         "model": args.checkpoint_path.parent.name,
         "format": kind,
         "n_tokens": (args.n_tokens // 2 // WINDOW + 1) * 2 * (WINDOW - 1),
         "dtype": args.dtype,
         "device": args.device,
-        "expanded": args.expand,
+        "expanded": args.dequantize,
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
@@ -113,7 +113,11 @@ def main() -> int:
     parser.add_argument("--n_tokens", type=int, default=20000)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=["bfloat16", "float32", "float16"], default="bfloat16")
-    parser.add_argument("--expand", action="store_true", help="no kernels for small weights: faster for long texts")
+    parser.add_argument(
+        "--dequantize",
+        action="store_true",
+        help="use dequantized dense weights: faster for long texts",
+    )
     parser.add_argument("--out", type=Path, help="append a JSON line a format to this file; skip what it holds")
     args = parser.parse_args()
     first = None

@@ -1,9 +1,9 @@
-"""Draws benchmarks/*.json as an SVG: how fast each step of the way is, against what the memory allows.
+"""Draw benchmarks/*.json as an SVG: the decode speed of each configuration against the limit of the memory bandwidth.
 
     python scripts/plot.py benchmarks/amd-epyc.json -o benchmarks/amd-epyc.svg
 
-Knows the lines that scripts/benchmark.py appends. Of several of one kind the last counts. A bar is a line's tokens/s,
-its tick the limit: the read bandwidth of the same run by the bytes of weights that a token needs.
+Knows the lines that scripts/benchmark.py appends; the last of several lines for one configuration counts. A bar is a
+line's tokens/s, its tick the limit: the read bandwidth of the same run divided by the bytes of weights per token.
 """
 
 import argparse
@@ -17,14 +17,14 @@ COLORS = {"eager": "#9db4c8", "compile": "#4f81a8", "int8": "#3f9b7a", "int4": "
 
 
 def bars_of(line: dict) -> list[tuple[str, str, float, float | None, str]]:
-    """Label, kind, tokens/s, limit and command of what a line says: our speed, with a draft, and the peer's."""
+    """Label, kind, tokens/s, limit and command of a line's bars: our speed, with a draft, and the peer's."""
     settings = line["settings"]
     how = [settings.get("quantize") or settings["dtype"], "compiled" if settings.get("compile") else "eager"]
     kind = settings.get("quantize") or ("compile" if settings.get("compile") else "eager")
     limit = line["bandwidth"]["read_gb_s"] / line["weights_gb"]
     bars = [(", ".join(how), kind, line["tokens_per_s"], limit, line["command"])]
     if "draft" in line:
-        name = f"{', '.join(how)}, draft (by its parts)"
+        name = f"{', '.join(how)}, draft (estimated)"
         bars.append((name, "draft", line["draft"]["tokens_per_s"], None, line["command"]))
     for peer in ("transformers", "llama.cpp"):
         if peer in line:
@@ -34,7 +34,7 @@ def bars_of(line: dict) -> list[tuple[str, str, float, float | None, str]]:
 
 
 def read(paths: list[Path]) -> dict[tuple[str, str], dict]:
-    """(model, machine) -> label -> bar. Raises ValueError for what is no such file."""
+    """(model, machine) -> label -> bar. Raises ValueError for a file of anything else."""
     groups: dict = {}
     for path in paths:
         for text in path.read_text(encoding="utf-8").splitlines():
@@ -77,7 +77,7 @@ def draw(groups: dict[tuple[str, str], dict]) -> str:
             parts.append(f'<text x="{LEFT + end + 5:.1f}" y="{y + 15}">{speed:.1f}</text>')
             y += ROW
     y += 24
-    note = "red: the read bandwidth measured in the same run, by the bytes of weights that a token needs"
+    note = "red: the read bandwidth measured in the same run, divided by the bytes of weights per token"
     parts.append(f'<text x="10" y="{y}" fill="#666">{note}</text>')
     size = f'width="{WIDTH}" height="{y + 12}"'
     head = f'<svg xmlns="http://www.w3.org/2000/svg" {size} font-family="sans-serif" font-size="13">'
@@ -86,7 +86,7 @@ def draw(groups: dict[tuple[str, str], dict]) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="plot.py", description=__doc__.splitlines()[0])
-    parser.add_argument("files", nargs="+", type=Path, help="what scripts/benchmark.py --out wrote")
+    parser.add_argument("files", nargs="+", type=Path, help="files that scripts/benchmark.py --out wrote")
     parser.add_argument("-o", "--output", type=Path, required=True, help="the SVG")
     args = parser.parse_args(argv)
     try:

@@ -7,7 +7,7 @@ scripts/benchmark.py builds models of these shapes with random weights; the conv
 
 from model import ModelArgs
 
-# An Instruct or chat model without a row of its own has its base model's numbers. What is left out: n_kv_head = n_head,
+# An Instruct or chat model without a row of its own has its base model's numbers. Defaults: n_kv_head = n_head,
 # head_dim = dim / n_head (see named()).
 LLAMA3 = dict(vocab_size=128256, n_kv_head=8, rope_base=500000.0, max_seq_len=8192)
 SCALING = dict(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192)
@@ -21,7 +21,7 @@ VIT = dict(PIXELS, type="qwen2_5_vl", dim=1280, depth=32, n_head=16, hidden=3420
 TILES = [(384 * height, 384 * width) for height in range(1, 7) for width in range(1, 7)]
 SIGLIP = dict(type="llava", dim=1152, depth=26, n_head=16, hidden=4304, patch=14, tile=384, max_tiles=9)
 LLAVA_VIT = dict(SIGLIP, resolutions=[(height, width) for width, height in TILES])  # lmms-lab's order; llava-hf's is
-LLAVA_HF_VIT = dict(SIGLIP, resolutions=TILES)  # another, which tells between canvases that keep as much
+LLAVA_HF_VIT = dict(SIGLIP, resolutions=TILES)  # another, which decides between canvases that keep as many pixels
 MLLAMA_VIT = dict(type="llama3_2_vision", dim=1280, depth=32, n_global=8, n_head=16, hidden=5120)
 MLLAMA_VIT |= dict(tile=560, patch=14, max_tiles=4, keep=[3, 7, 15, 23, 30])
 MODELS = {

@@ -1,4 +1,4 @@
-"""One HTML page of one or several results files of evaluate.py: numbers, bars, and every question with its picture.
+"""One HTML page of one or several results files of evaluate.py: numbers, bars, and every question with its images.
 
 python scripts/report.py RESULTS.jsonl [MORE.jsonl ...] -o report.html
 
@@ -25,7 +25,7 @@ COLORS = [
     "#c7365f",
     "#3aa6b9",
     "#7a6a58",
-]  # of the runs, in turn
+]  # of the runs, in their order
 PLOT = (640, 300, 52, 40)  # width, height, left and bottom margin, in SVG units
 STYLE = """
 :root { color-scheme: light dark; --line: #8884; --soft: #8882; }
@@ -131,8 +131,8 @@ def draw_settings(runs: list[Run]) -> str:
     return "".join(notes)
 
 
-def draw_bar(label: str, share: float | None, value: str, run: Run) -> str:
-    track = f'<span class="track"><i style="width: {100 * (share or 0):.1f}%"></i></span>'
+def draw_bar(label: str, fraction: float | None, value: str, run: Run) -> str:
+    track = f'<span class="track"><i style="width: {100 * (fraction or 0):.1f}%"></i></span>'
     return f'<div class="bar" {run.style}><span>{escape(label)}</span>{track}<span>{escape(value)}</span></div>'
 
 
@@ -154,15 +154,15 @@ def draw_subjects(runs: list[Run]) -> str:
 
 
 def draw_histograms(runs: list[Run]) -> str:
-    """How many guesses of the draft were accepted in a step."""
+    """The fractions of verifications by the number of draft tokens accepted."""
     parts = []
     for run in runs:
         counts = run.summary.get("accept_counts")
         if counts and sum(counts):
-            shares = [count / sum(counts) for count in counts]
-            bars = [draw_bar(f"{n} accepted", share, f"{share:.1%}", run) for n, share in enumerate(shares)]
+            fractions = [count / sum(counts) for count in counts]
+            bars = [draw_bar(f"{n} accepted", fraction, f"{fraction:.1%}", run) for n, fraction in enumerate(fractions)]
             parts.append(f'<div class="group"><b>{escape(run.name)}</b>{"".join(bars)}</div>')
-    return f"<h2>Guesses accepted in a step</h2>{''.join(parts)}" if parts else ""
+    return f"<h2>Draft tokens accepted per verification</h2>{''.join(parts)}" if parts else ""
 
 
 def round_up(value: float) -> float:
@@ -210,7 +210,7 @@ def draw_questions(runs: list[Run]) -> str:
 
 
 def draw_question(question_id: str, runs: list[Run]) -> str:
-    """Pictures beside the question, its right answer and what each run replied."""
+    """Images beside the question, its right answer and the reply of each run."""
     lines = [(run, run.lines[question_id]) for run in runs if question_id in run.lines]
     pictures = next((line["pictures"] for _, line in lines if line.get("pictures")), [])
     images = "".join(f'<img loading="lazy" alt="picture {i}" src="{escape(p)}">' for i, p in enumerate(pictures, 1))
@@ -225,7 +225,7 @@ def draw_question(question_id: str, runs: list[Run]) -> str:
 
 
 def right_answer(line: dict) -> str:
-    """The answer in words: of a letter the option too."""
+    """The right answer as text; for a letter, the option's text too."""
     answers = line.get("answer", [])
     answers = answers if isinstance(answers, list) else [answers]
     options = line.get("index2ans", {})

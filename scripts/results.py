@@ -1,8 +1,8 @@
-"""A results file, the progress bar beside it, and what its lines add up to: accuracy, speed, the summary, its tables.
+"""A results file, a progress bar, and the statistics of its lines: accuracy, speed, the summary, tables.
 
-Knows what evaluate.py finds out. Does not know models, benchmarks or torch.
+Knows the figures that evaluate.py measures. Does not know models, benchmarks or torch.
 
-The first line of a file says how the run was made, each other one is a question answered by a variant: "id",
+The first line of a file describes the run, every other one is a question answered by a variant: "id",
 "variant", "group", "turns" (figures of each answer, see evaluate.figures) or "error", "correct" where it was judged,
 "discipline" where the benchmark sorts its groups into such.
 """
@@ -16,15 +16,15 @@ from pathlib import Path
 ROWS = [  # of the table: name, field of rates(), decimals
     ("decode, tokens/s", "tokens_per_s", 1),
     ("weights read, GB/s", "gb_per_s", 2),
-    ("  share of bandwidth", "bandwidth_share", 2),
+    ("  fraction of bandwidth", "bandwidth_share", 2),
     ("encoder, s", "encoder_s", 3),
     ("prefill, s", "prefill_s", 3),
     ("first token, s", "time_to_first_token_s", 3),
-    ("whole answer, s", "answer_s", 3),
+    ("complete answer, s", "answer_s", 3),
     ("visual tokens", "n_visual_tokens", 1),
     ("  seen by draft", "draft_n_visual_tokens", 1),
-    ("guesses accepted a step", "mean_accepted", 2),
-    ("tokens a step", "tokens_per_step", 2),
+    ("accepted draft tokens", "mean_accepted", 2),
+    ("tokens per verification", "tokens_per_step", 2),
 ]
 
 
@@ -32,13 +32,13 @@ ROWS = [  # of the table: name, field of rates(), decimals
 
 
 def read_results(path: Path) -> tuple[list[dict], int]:
-    """The whole lines of a file, and how many bytes they are: a process that was killed leaves half a line at most.
+    """The complete lines of a file, and their size in bytes: a killed process leaves at most one incomplete line.
 
-    Raises ValueError for a line that is none of ours, OSError where the file cannot be read.
+    Raises ValueError for a line of another program, OSError where the file cannot be read.
     """
     data = path.read_bytes()
-    whole = data[: data.rfind(b"\n") + 1]
-    return [read_line(path, i, line) for i, line in enumerate(whole.split(b"\n")[:-1], 1)], len(whole)
+    complete = data[: data.rfind(b"\n") + 1]
+    return [read_line(path, i, line) for i, line in enumerate(complete.split(b"\n")[:-1], 1)], len(complete)
 
 
 def read_line(path: Path, i: int, line: bytes) -> dict:
@@ -53,7 +53,7 @@ def read_line(path: Path, i: int, line: bytes) -> dict:
 
 
 class Results:
-    """The lines of a run, each written to the file, if there is one, as soon as it is known."""
+    """The lines of a run, each written to the file, if there is one, at once."""
 
     def __init__(self, path: Path | None, header: dict, resume: bool):
         """Raises ValueError for a file that holds something else, OSError where it cannot be written."""
@@ -62,7 +62,7 @@ class Results:
             return
         old, n_bytes = read_results(path) if path.exists() else ([], 0)
         if not resume and path.exists() and (len(old) > 1 or path.stat().st_size > n_bytes):
-            raise ValueError(f"{path} holds something already: --resume goes on with it, or name another file")
+            raise ValueError(f"{path} exists and is not empty: --resume continues it, or name another file")
         if old and resume:
             check_same(path, old[0], header)
             self.header, self.lines = old[0], old[1:]
@@ -126,7 +126,7 @@ class Progress:
             print(text, file=sys.stderr, flush=True)
 
 
-# ---- adding up -----------------------------------------------------------------------------------------------------
+# ---- statistics -----------------------------------------------------------------------------------------------------
 
 
 def rates(turns: list[dict], bandwidth_gb_per_s: float) -> dict:
@@ -157,7 +157,7 @@ def rates(turns: list[dict], bandwidth_gb_per_s: float) -> dict:
         names = ["draft_n_visual_tokens", "draft_time_to_first_token_s"]
         result |= {"accept_counts": counts} | {name: ratio(total(name), len(drafted)) for name in names}
         result |= {
-            f"{part}_share": ratio(total(f"{part}_s"), total("decode_s")) for part in ("draft", "verify", "rest")
+            f"{phase}_share": ratio(total(f"{phase}_s"), total("decode_s")) for phase in ("draft", "verify", "rest")
         }
     return result
 
@@ -206,19 +206,19 @@ def speed_up(base: list[dict], lines: list[dict]) -> dict:
     """How much faster than `base`, question by question: the median, and the quartiles as its spread.
 
     speed_up is of decoding, answer_speed_up of all from the request to the last token, the draft's prefill included.
-    same_answers: the part of the answers that are the same text.
+    same_answers: the fraction of answers that are the same text.
     """
     base_of = {line["id"]: line for line in base if "turns" in line}
     pairs = [(base_of[line["id"]], line) for line in lines if "turns" in line and line["id"] in base_of]
     decode = quartiles(
         [b["tokens_per_s"] / a["tokens_per_s"] for a, b in pairs if a["tokens_per_s"] and b["tokens_per_s"]]
     )
-    whole = quartiles([a["answer_s"] / b["answer_s"] for a, b in pairs])
+    answer = quartiles([a["answer_s"] / b["answer_s"] for a, b in pairs])
     return {
         "speed_up": decode[1],
         "speed_up_quartiles": [decode[0], decode[2]],
-        "answer_speed_up": whole[1],
-        "answer_speed_up_quartiles": [whole[0], whole[2]],
+        "answer_speed_up": answer[1],
+        "answer_speed_up_quartiles": [answer[0], answer[2]],
         "same_answers": sum(a["response"] == b["response"] for a, b in pairs) / len(pairs) if pairs else None,
     }
 
@@ -250,7 +250,7 @@ def show_correct(each: dict) -> str:
 
 
 def print_table(rows: list[list[str]]) -> None:
-    """The first column to the left, the others to the right; the first row is the heading."""
+    """Align the first column left and the others right; the first row is the heading."""
     widths = [max(map(len, column)) for column in zip(*rows)]
     for row in rows:
         print(row[0].ljust(widths[0]), *(text.rjust(width) for text, width in zip(row[1:], widths[1:])), sep="  ")
@@ -278,5 +278,5 @@ def print_speed(summary: dict) -> None:
     for name, field in {"decode speed-up": "speed_up", "answer speed-up": "answer_speed_up"}.items():
         table.append([name, *(show(each.get(field), 2) for each in variants)])
         table.append(["  quartiles", *(show_range(each.get(f"{field}_quartiles")) for each in variants)])
-    table.append(["steps with 0, 1, ... guesses accepted, %", *(show_histogram(each) for each in variants)])
+    table.append(["verifications that accept 0, 1, ... draft tokens, %", *(show_histogram(each) for each in variants)])
     print_table([row for row in table if set(row[1:]) != {"-"}])

@@ -55,7 +55,7 @@ def test_draft_out_and_plot(capsys, tmp_path):
     assert "--draft tiny-draft --accept 0.5" in lines[0]["command"] and "--groupsize" not in lines[0]["command"]
     assert plot.main([str(path), "-o", str(picture)]) == 0
     labels = [text.text for text in xml.etree.ElementTree.parse(picture).iter() if text.tag.endswith("text")]
-    assert {"bfloat16, eager", "int8, eager", "bfloat16, eager, draft (by its parts)"} <= set(labels)
+    assert {"bfloat16, eager", "int8, eager", "bfloat16, eager, draft (estimated)"} <= set(labels)
     assert f"{lines[1]['tokens_per_s']:.1f}" in labels
     path.write_text("{}\n")
     assert plot.main([str(path), "-o", str(picture)]) == 2

@@ -69,7 +69,7 @@ def test_named_files_exist(page):
 def test_named_flags_exist(page, capsys):
     known = help_of(generate.main, capsys) + help_of(evaluate.main, capsys)
     for file in [ROOT / "quantize.py", *(ROOT / "scripts").rglob("*.py")]:
-        known += "".join(re.findall(r'add_argument\((?:"-\w", )?"(--\w+)"', file.read_text()))
+        known += "".join(re.findall(r'add_argument\(\s*(?:"-\w",\s*)?"(--\w+)"', file.read_text()))
     flags = set(re.findall(r"(?<![\w-])--[a-z]\w+", page.read_text()))
     assert flags - FOREIGN <= set(re.findall(r"--\w+", known))
 

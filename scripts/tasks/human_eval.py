@@ -1,12 +1,12 @@
-"""HumanEval (arXiv 2107.03374): its problems, how they are asked, and whether a program passes its tests.
+"""HumanEval (arXiv 2107.03374): its problems, its prompts, and whether a program passes its tests.
 
-Knows the hub's and the authors' files and how to run a program apart from this process. Does not know models.
+Knows the files of Hugging Face and of the authors, and how to run a program outside this process. Does not know models.
 
 What is guaranteed of a program that is run: at most TIMEOUT_S seconds, MEMORY_BYTES of memory, files of at most 1 MiB,
-an empty working directory, an empty environment (no tokens of the hub's), its process group killed at the end. No
+an empty working directory, an empty environment (no access tokens), its process group killed at the end. No
 network: by a namespace of the kernel where the system allows one, otherwise only Python's sockets are closed, and code
-that calls the C library directly is not held; `network_guard` says which. The file system is that of the user: who does
-not trust a model runs this in a container.
+that calls the C library directly is not stopped; `network_guard` tells which. The file system is that of the user: run
+this in a container if you do not trust the model.
 """
 
 import contextlib
@@ -48,7 +48,7 @@ def ask(problem: dict) -> list[str]:
 def build_program(problem: dict, reply: str) -> str:
     """The program that a reply stands for: the prompt, what was written, the tests.
 
-    A reply is a text with a code block, the whole function, or what comes after the prompt.
+    A reply is a text with a code block, the whole function, or the continuation of the prompt.
     """
     blocks = FENCE.findall(reply)
     name = rf"^(?:async )?def {re.escape(problem['entry_point'])}\b"

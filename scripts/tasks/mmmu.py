@@ -1,9 +1,9 @@
-"""MMMU (arXiv 2311.16502): its files, its prompts, and its official way to read and judge answers.
+"""MMMU (arXiv 2311.16502): its files, its prompts, and the official parsing and scoring of answers.
 
-Knows the parquet files of the hub's MMMU/MMMU and the rules of the authors' evaluation (github MMMU-Benchmark/MMMU,
-eval_utils.py). Does not know models, tokenizers or timing.
+Knows the parquet files of MMMU/MMMU on Hugging Face and the rules of the authors' evaluation (github
+MMMU-Benchmark/MMMU, eval_utils.py). Does not know models, tokenizers or timing.
 
-Rules of theirs that surprise are kept, because figures are compared with theirs; a comment names each.
+Their surprising rules are kept, so that figures can be compared with theirs; a comment names each.
 """
 
 import ast
@@ -36,8 +36,8 @@ DISCIPLINES = {
     ],
 }
 DISCIPLINE_OF = {subject: name for name, subjects in DISCIPLINES.items() for subject in subjects}
-SUBJECTS = sorted(DISCIPLINE_OF)  # the order of the official evaluation, on which its random guesses depend
-SEED = 42  # of the guesses
+SUBJECTS = sorted(DISCIPLINE_OF)  # the order of the official evaluation, on which its random choices depend
+SEED = 42  # of the random choices
 COLUMNS = ["id", "question", "options", "answer", "question_type"]  # what an answer may depend on: no explanation
 MAX_IMAGES = 7
 MULTIPLE_CHOICE = "multiple-choice"
@@ -76,7 +76,7 @@ def read_parquet(path: Path, columns: list[str]) -> list[dict]:
 
 
 def prepare(row: dict, subject: str) -> dict:
-    """A question with the fields of the official evaluation. A bad one is told from the others when it is asked."""
+    """A question with the fields of the official evaluation. A bad question raises only in ask()."""
     question = {name: row[name] for name in COLUMNS} | groups_of(subject)
     question["answer"] = as_list(row["answer"]) or row["answer"]
     question["options"] = as_list(row["options"])
@@ -103,7 +103,7 @@ def as_list(value) -> list[str] | None:
 
 
 def spread(questions: list[dict], n: int) -> list[dict]:
-    """n questions at even distances, so that a part of the benchmark still has all of its subjects."""
+    """n questions at even distances, so that a subset of the benchmark still has all subjects."""
     return [questions[i * len(questions) // n] for i in range(n)]
 
 
@@ -114,7 +114,7 @@ def ask(question: dict) -> list[list[dict]]:
     """The one user turn, as parts of text and {"type": "image", "path", "bytes"}, each image where it is cited.
 
     An image that is cited twice is shown twice; where none is cited, they stand in front. Raises ValueError for a
-    question that cannot be asked. Nothing but question, options and images goes in.
+    question that cannot be asked. The prompt holds nothing but question, options and images.
     """
     text = question["question"]
     if question["question_type"] == MULTIPLE_CHOICE:
@@ -158,7 +158,7 @@ def score(question: dict, replies: list[str], rng: Random) -> dict:
 def parse_choice(response: str, letters: list[str], options: dict[str, str]) -> str | None:
     """The letter that a reply chooses: the last of those in brackets, else bare, else named by the option's text.
 
-    None if there is none. Options are looked for in replies of more than five words only.
+    None if there is none. The options' texts are searched for only in replies of more than five words.
     """
     for mark in ",.!?;:'":  # each kind once, in this order: "A.'" keeps its point
         response = response.strip(mark)
@@ -184,7 +184,7 @@ def parse_open(response: str) -> set[str | float]:
 def key_phrases(response: str) -> list[str]:
     """Of each line what follows the last "is ", "answer ", ...: the shortest such rest; all, if no line has one.
 
-    The official rule means to split at sentences too, but looks for their capitals after lower-casing.
+    The official rule means to split at sentences too, but searches for capitals after lower-casing.
     """
     response = response.strip().strip(".").lower()
     lines = response.split("\n")
@@ -219,7 +219,7 @@ def normalize(text: str) -> list[str | float]:
 
 
 def judge_open(answer: str | list[str], parsed: set[str | float]) -> bool:
-    """True if one of the right answers is part of a parsed text, or equals a parsed number."""
+    """True if one of the right answers is contained in a parsed text, or equals a parsed number."""
     answers = [value for text in ([answer] if isinstance(answer, str) else answer) for value in normalize(text)]
     texts = [value for value in answers if isinstance(value, str)]
     return any(any(text in found for text in texts) if isinstance(found, str) else found in answers for found in parsed)
@@ -270,7 +270,7 @@ def subject_of(question_id: str) -> str:
 
 
 def score_responses(responses: list[dict]) -> list[dict]:
-    """The responses with "correct" and their groups; guesses are drawn in the order of the file, as officially."""
+    """The responses with "correct" and their groups; random choices are drawn in the order of the file."""
     rng = Random(SEED)
     scored = []
     for response in responses:

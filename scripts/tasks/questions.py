@@ -1,6 +1,6 @@
-"""The benchmarks by name: where their questions come from, how they are asked and who judges the answers.
+"""The benchmarks by name: the source of their questions, their prompts, and the scoring of answers.
 
-Knows files, the hub, and the embedded benchmark, whose pictures scenes.py draws. Does not know models, timing or
+Knows files, Hugging Face, and the embedded benchmark, whose pictures scenes.py draws. Does not know models, timing or
 results. A question is a dict with "id", "group" (its subject, for a table) and what its benchmark needs.
 """
 
@@ -25,7 +25,7 @@ class Benchmark:
     load: Callable[[argparse.Namespace], list[Question]]
     ask: Callable[[Question], list]  # the user's turns, text or parts; ValueError for a question that cannot be asked
     score: Callable[[Question, list[str], Random], dict] | None = None  # question, replies: "correct" and more
-    max_new_tokens: int = 512  # unless the flag says otherwise
+    max_new_tokens: int = 512  # without the flag
     has_images: bool = False
     executes_code: bool = False
     kept: tuple[str, ...] = ()  # fields of a question that its results line repeats
@@ -50,7 +50,7 @@ def ask_scene(question: Question) -> list[list[dict]]:
 
 
 def score_scene(question: Question, replies: list[str], rng: Random) -> dict:
-    """Right is what says exactly the answer, but for case, white space and a full stop."""
+    """A reply is right if it equals the answer up to case, white space and a full stop."""
     given, right = (" ".join(text.lower().split()).removesuffix(".") for text in (replies[0], question["answer"]))
     return {"correct": given == right}
 
@@ -116,9 +116,9 @@ def find_data(args: argparse.Namespace, repo: str, patterns: list[str]) -> Path:
         from huggingface_hub import snapshot_download
 
         return Path(snapshot_download(repo, repo_type="dataset", allow_patterns=patterns))
-    except Exception as error:  # the network's, the hub's and the disk's errors share no class
+    except Exception as error:  # errors of network, server and disk have no common class
         reason = textwrap.shorten(str(error), 160, placeholder="...")
-        raise ValueError(f"cannot get {repo} from the hub, --data_dir takes files on disk ({reason})") from None
+        raise ValueError(f"cannot download {repo}; --data_dir takes files on disk ({reason})") from None
 
 
 def find_file(args: argparse.Namespace, repo: str, names: list[str], hub_file: str) -> Path:

@@ -61,7 +61,7 @@ def main() -> None:
         error = f"{type(failure).__name__}: {failure}"[:200]
     json.dump({"error": error, "isolated": isolated, "secret": request["secret"]}, report)
     report.flush()
-    os._exit(0)  # neither threads nor exit handlers of the program have the last word
+    os._exit(0)  # neither threads nor exit handlers of the program run after this
 
 
 if __name__ == "__main__":
