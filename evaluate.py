@@ -8,7 +8,6 @@ import argparse
 import base64
 import hashlib
 import io
-import os
 import platform
 import sys
 from dataclasses import dataclass
@@ -19,23 +18,14 @@ from random import Random
 import torch
 from PIL import Image
 
-from generate import (
-    Engine,
-    Parser,
-    add_model_flags,
-    answer,
-    check_device,
-    load_engine,
-    log,
-    now,
-    number,
-    one_line,
-    weight_bytes,
-)
+import cli
+from cli import log, number, one_line
+from generate import Draft, Engine, answer, answer_options, load, now, reply_message, weight_bytes
 from scripts.results import Progress, Results, accuracy, group_accuracy, print_summary, rates, summarize
 from scripts.tasks import human_eval, mmmu
 from scripts.tasks.questions import BENCHMARKS, Benchmark, Question
 from tokenizer import Tokenizer
+from tp import OneProcess, join_ranks
 from vision import Pruning, load_image
 
 THUMBNAIL = 320  # pixels, the longer side of the pictures kept for scripts/report.py
@@ -52,27 +42,21 @@ class Variant:
 
     name: str
     engine: Engine
-    draft: Engine | None = None
-    pruning: Pruning | None = None  # of what the draft sees
-
-    def enter(self) -> Engine:
-        self.engine.draft = self.draft
-        if self.draft:
-            self.draft.pruning = self.pruning
-        return self.engine
+    draft: Draft | None = None
 
 
-def plan_variants(args: argparse.Namespace, engine: Engine, ranks=None) -> list[Variant]:
-    """What the flags describe; with --compare the target alone first, then the draft and what the list says."""
+def plan_variants(args: argparse.Namespace, engine: Engine) -> list[Variant]:
+    """What the flags describe; with --compare the target alone first, then the draft and what is listed."""
     target, draft = Variant("target", engine), engine.draft
-    drafted = [Variant(draft_name(draft.pruning), engine, draft, draft.pruning)] if draft else []
+    drafted = [Variant(draft_name(draft), engine, draft)] if draft else []
     if args.compare is None:
         return drafted or [target]
     ratios = [item for item in args.compare if not item.endswith(".pth")]
     if not draft and (ratios or not args.compare):
         raise ValueError("--compare needs a --draft_checkpoint_path, or other weights (model.pth) to compare with")
     listed = [
-        load_variant(item, args, ranks) if item.endswith(".pth") else prune(item, args, engine) for item in args.compare
+        load_variant(item, args, engine.ranks) if item.endswith(".pth") else prune(item, args, engine)
+        for item in args.compare
     ]
     variants = [target, *([] if ratios else drafted), *listed]
     if len({variant.name for variant in variants}) < len(variants):
@@ -80,15 +64,14 @@ def plan_variants(args: argparse.Namespace, engine: Engine, ranks=None) -> list[
     return variants
 
 
-def load_variant(path: str, args: argparse.Namespace, ranks=None) -> Variant:
+def load_variant(path: str, args: argparse.Namespace, ranks: OneProcess) -> Variant:
     """Other weights, without a draft."""
-    other = vars(args) | {"checkpoint_path": Path(path), "draft_checkpoint_path": None}
     name = Path(path).stem if Path(path).stem != "model" else Path(path).parent.name
-    return Variant(name, load_engine(argparse.Namespace(**other), ranks)[0])
+    return Variant(name, load(Path(path), ranks=ranks, **cli.load_options(args) | {"draft": None})[0])
 
 
 def prune(item: str, args: argparse.Namespace, engine: Engine) -> Variant:
-    """The draft that sees less: RATIO or METHOD:RATIO. Raises ValueError for anything else."""
+    """The draft with fewer visual tokens: RATIO or METHOD:RATIO. Raises ValueError for anything else."""
     method, _, ratio = item.rpartition(":")
     try:
         if method not in ("", "random", "structured"):
@@ -97,10 +80,12 @@ def prune(item: str, args: argparse.Namespace, engine: Engine) -> Variant:
     except ValueError:
         problem = "is none of RATIO, random:RATIO, structured:RATIO (0 to 1) and a model.pth"
         raise ValueError(f"--compare {item} {problem}") from None
-    return Variant(draft_name(pruning), engine, engine.draft, pruning)
+    draft = engine.draft._replace(pruning=pruning)
+    return Variant(draft_name(draft), engine, draft)
 
 
-def draft_name(pruning: Pruning) -> str:
+def draft_name(draft: Draft) -> str:
+    pruning = draft.pruning
     return f"draft {pruning.method}:{pruning.ratio:g}" if pruning.ratio else "draft"
 
 
@@ -128,46 +113,52 @@ def count_graphs(args: argparse.Namespace) -> int:
 
 
 def ask(variant: Variant, tokenizer: Tokenizer, benchmark: Benchmark, question: Question, args) -> dict:
-    """What a results line says of an answer, apart from its verdict. Raises ValueError for a question that is bad."""
-    turns = benchmark.ask(question)
+    """What a results line holds of an answer, apart from its verdict. Raises ValueError for a question that is bad."""
+    turns = [decode_images(content) for content in benchmark.ask(question)]
     parts = [part for content in turns if isinstance(content, list) for part in content if part["type"] == "image"]
-    for part in parts:
-        open_image(part)
     shown = {"question": [as_text(content) for content in turns], "pictures": [thumbnail(p["image"]) for p in parts]}
-    return shown | converse(variant.enter(), tokenizer, turns, question.get("completion"), args)
+    return shown | converse(variant, tokenizer, turns, question.get("completion"), args)
 
 
-def converse(engine: Engine, tokenizer: Tokenizer, turns: list, completion: str | None, args) -> dict:
-    """Say one turn after the other, each with the replies before it: the replies, and what they took.
+def converse(variant: Variant, tokenizer: Tokenizer, turns: list, completion: str | None, args) -> dict:
+    """Ask one turn after the other, each with the replies before it: the replies, and what they took.
 
-    A model without a chat format goes on with `completion`, if the question has one, or with all that was said.
+    A model without a chat template continues `completion`, if the question has one, or the whole conversation.
     """
+    engine, draft = variant.engine, variant.draft
     engine.forget()
+    if draft:
+        draft.engine.forget()
     torch.manual_seed(args.seed)  # an answer depends on no other question, nor on where a run was resumed
     show = partial(print, end="", file=sys.stderr, flush=True) if args.streaming else lambda text: None
     messages, replies, measured = [], [], []
     for content in turns:
         messages.append({"role": "user", "content": content})
-        request, said = {"messages": messages}, []
+        request = {"messages": messages}
         if not tokenizer.chat:
             request = {"prompt": completion or "\n\n".join(m["content"] for m in messages) + "\n\n", "raw": True}
-        result = answer(engine, tokenizer, request, args, show, said)
+        options = {"draft": draft, "show": lambda text, ids: show(text), **answer_options(args)}
+        result = answer(engine, tokenizer, request, **options)
         show("\n")
-        ids = [token for token in said if token not in tokenizer.stop_ids]
-        reply = [{"type": "tokens", "ids": ids}] if tokenizer.chat else result["text"]
-        messages.append({"role": "assistant", "content": reply})
+        reply = {"role": "assistant", "content": result["text"]}
+        messages.append(reply_message(tokenizer, result["token_ids"]) if tokenizer.chat else reply)
         replies.append(result["text"])
-        measured.append(figures(result, engine))
+        measured.append(figures(result, engine, draft))
     return {"response": replies[0] if len(replies) == 1 else replies, "turns": measured}
 
 
-def open_image(part: dict) -> None:
-    """Decode an image part that came as bytes. Raises ValueError, one line, if that cannot be."""
-    if "bytes" in part:
-        try:
-            part["image"] = load_image(io.BytesIO(part.pop("bytes")))
-        except ValueError as error:
-            raise ValueError(f"{part['path']} cannot be decoded ({str(error).rpartition(': ')[2]})") from None
+def decode_images(content: str | list[dict]) -> str | list[dict]:
+    """A turn whose image parts hold decoded images. Raises ValueError, one line, for bytes that are no image."""
+    return content if isinstance(content, str) else [decode_image(part) for part in content]
+
+
+def decode_image(part: dict) -> dict:
+    if "bytes" not in part:
+        return part
+    try:
+        return {"type": "image", "path": part["path"], "image": load_image(io.BytesIO(part["bytes"]))}
+    except ValueError as error:
+        raise ValueError(f"{part['path']} cannot be decoded ({str(error).rpartition(': ')[2]})") from None
 
 
 def as_text(content: str | list[dict]) -> str:
@@ -182,22 +173,22 @@ def thumbnail(image: Image.Image) -> str:
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def figures(result: dict, engine: Engine) -> dict:
+def figures(result: dict, engine: Engine, draft: Draft | None) -> dict:
     """What one answer took: times in seconds; bytes_read of weights (target and draft; no embeddings, no caches)."""
     n_decoded = len(result["token_ids"]) - 1  # the first token comes from prefill
     counts = result.get("accept_counts", [])
-    n_guessing = sum(counts)
-    # Steps without guesses: there is no draft, or no room for guesses was left in the caches.
+    n_drafted = sum(counts)
+    # Steps of one token: there is no draft, or no room for its tokens was left in the caches.
     n_plain = max(0, n_decoded - sum((n + 1) * count for n, count in enumerate(counts)))
-    n_bytes = weight_bytes(engine.model) * (n_guessing + n_plain)
-    if engine.draft:
-        n_bytes += weight_bytes(engine.draft.model) * n_guessing * engine.speculate_k
+    n_bytes = weight_bytes(engine.model) * (n_drafted + n_plain)
+    if draft:
+        n_bytes += weight_bytes(draft.engine.model) * n_drafted * draft.speculate_k
     return {name: value for name, value in result.items() if name not in NOT_FIGURES} | {
         "prefill_s": result["time_to_first_token_s"] - result["encoder_s"],
         "decode_s": n_decoded / result["tokens_per_s"] if result["tokens_per_s"] else 0.0,
         "n_prompt_tokens": len(result["prompt_token_ids"]),
         "n_decoded": n_decoded,
-        "n_steps": n_guessing + n_plain,
+        "n_steps": n_drafted + n_plain,
         "bytes_read": n_bytes,
     }
 
@@ -241,18 +232,17 @@ class Examination:
     variants: list[Variant]
     tokenizer: Tokenizer
     results: Results
-    ranks: object = None  # tp.Ranks, if there are several
+    ranks: OneProcess
     n_graphs: int = 0  # compiled so far
 
     def run(self) -> None:
         """Ask what has no line yet. The variants take turns, and go first in turn: no one has the better machine."""
         done = {(line["variant"], line["id"]) for line in self.results.lines}
-        if self.ranks:
-            done = set(map(tuple, self.ranks.share(sorted(done))))  # the file is rank 0's
+        done = set(map(tuple, self.ranks.share(sorted(done))))  # the file is rank 0's
         n_lines = len(self.variants) * len(self.questions)
         if len(done) == n_lines:
             return
-        guesses = {variant.name: self.replay_guesses(variant) for variant in self.variants}
+        guesses = {variant.name: self.replay_generator(variant) for variant in self.variants}
         for question in self.questions[: self.args.warmup]:
             for variant in self.variants:
                 self.answer(variant, question)
@@ -271,7 +261,7 @@ class Examination:
         try:
             line |= self.ask_steadily(variant, question)
         except (ValueError, OSError, torch.OutOfMemoryError) as error:
-            if self.ranks and isinstance(error, torch.OutOfMemoryError):
+            if self.ranks.n_ranks > 1 and isinstance(error, torch.OutOfMemoryError):
                 raise  # the other ranks are waiting for this one's part of a layer
             log(f"{question['id']}: {one_line(error)[:300]}")
             return line | {"error": one_line(error)[:300]}
@@ -298,7 +288,7 @@ class Examination:
         replies = line["response"] if isinstance(line["response"], list) else [line["response"]]
         return line | self.benchmark.score(question, replies, rng)
 
-    def replay_guesses(self, variant: Variant) -> Random:
+    def replay_generator(self, variant: Variant) -> Random:
         """The generator of MMMU's guesses, where an interrupted run left it."""
         rng = Random(mmmu.SEED)
         for line in self.results.lines:
@@ -311,8 +301,8 @@ class Examination:
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = Parser(prog="evaluate.py", description="Accuracy and speed of a model, with and without its draft.")
-    add_model_flags(parser)
+    parser = cli.Parser(prog="evaluate.py", description="Accuracy and speed of a model, with and without its draft.")
+    cli.add_model_flags(parser)
     parser.add_argument("--bench_name", choices=list(BENCHMARKS), default="scenes")
     parser.add_argument("--num_questions", type=number(int, 1), help="default: all; of scenes 200")
     parser.add_argument("--subjects", nargs="+", metavar="SUBJECT", help="of MMMU; default: all")
@@ -332,6 +322,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.set_defaults(max_new_tokens=None)  # each benchmark has its own
     args = parser.parse_args(argv)
+    cli.complete_model_flags(args)
     args.max_new_tokens = args.max_new_tokens or BENCHMARKS[args.bench_name].max_new_tokens
     if args.score and args.bench_name != "MMMU":
         raise ValueError("--score judges by MMMU's rules: add --bench_name MMMU")
@@ -346,61 +337,50 @@ def check_images(benchmark: Benchmark, engine: Engine, args: argparse.Namespace)
         raise ValueError(f"{args.checkpoint_path} reads text only, and {args.bench_name} has pictures: try {text_only}")
 
 
-def run(args: argparse.Namespace, ranks=None) -> int:
+def run(args: argparse.Namespace) -> int:
+    if args.score:
+        lines = mmmu.score_responses(mmmu.read_responses(args.score))
+        print_summary(accuracy(lines) | group_accuracy(lines))
+        return 0
     benchmark = BENCHMARKS[args.bench_name]
     questions = benchmark.load(args)
     if len({question["id"] for question in questions}) < len(questions):
         raise ValueError(f"two questions of {args.bench_name} have the same id")
-    follows = ranks is not None and ranks.rank > 0
-    if follows:
-        args.output = None  # rank 0 alone writes and judges
-    if args.output:
-        args.output.open("ab").close()  # a name that cannot be written shows before the model is loaded
-    check_device(args.device)
+    ranks = join_ranks(args)
+    output = args.output if ranks.rank == 0 else None  # rank 0 alone writes and judges
+    if output:
+        output.open("ab").close()  # a name that cannot be written shows before the model is loaded
+    cli.check_device(args.device)
     bandwidth = measure_bandwidth(args.device)
-    engine, tokenizer = load_engine(args, ranks)
+    engine, tokenizer = load(args.checkpoint_path, ranks=ranks, **cli.load_options(args))
     check_images(benchmark, engine, args)
-    judged = not follows and benchmark.score is not None
-    judged &= args.allow_code_execution or not benchmark.executes_code
-    if judged and benchmark.executes_code:
-        log(f"programs run {human_eval.network_guard()}")
-    variants = plan_variants(args, engine, ranks)
+    judged = ranks.rank == 0 and will_judge(benchmark, args)
+    variants = plan_variants(args, engine)
     names = [variant.name for variant in variants]
     more = {"variants": names, "n_questions": len(questions), "judged": judged, "bandwidth_gb_per_s": bandwidth}
-    n_ranks = ranks.n_ranks if ranks else 1
-    results = Results(args.output, describe_run(args, n_ranks, **more), args.resume)
+    results = Results(output, describe_run(args, ranks.n_ranks, **more), args.resume)
     status = 0
     try:
         Examination(args, benchmark, questions, variants, tokenizer, results, ranks).run()
     except KeyboardInterrupt:
         log("\ninterrupted; the summary so far:")
         status = 130
-    if not follows:
+    if ranks.rank == 0:
         print_summary(summarize(results.header, results.lines))
     return status
 
 
-def score_file(path: Path) -> int:
-    lines = mmmu.score_responses(mmmu.read_responses(path))
-    print_summary(accuracy(lines) | group_accuracy(lines))
-    return 0
+def will_judge(benchmark: Benchmark, args: argparse.Namespace) -> bool:
+    """Whether answers are scored; programs are only run if that was allowed."""
+    if benchmark.executes_code and args.allow_code_execution:
+        log(f"programs run {human_eval.network_guard()}")
+    return benchmark.score is not None and (args.allow_code_execution or not benchmark.executes_code)
 
 
-def main(argv: list[str] | None = None, ranks=None) -> int:
-    """0; 2 for a mistake of the user's, with one line on stderr; 130 after Ctrl-C, with the summary so far."""
-    try:
-        args = parse_args(argv)
-        return score_file(args.score) if args.score else run(args, ranks)
-    except (ValueError, OSError) as error:
-        log(f"evaluate.py: {one_line(error)}")
-        return 2
-    except KeyboardInterrupt:
-        return 130
+def main(argv: list[str] | None = None) -> int:
+    """The exit status; after Ctrl-C it is 130, with the summary so far."""
+    return cli.run_command("evaluate.py", lambda: run(parse_args(argv)))
 
 
 if __name__ == "__main__":
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        from tp import Ranks
-
-        sys.exit(Ranks("evaluate.py").run(main))
     sys.exit(main())

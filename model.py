@@ -1,13 +1,13 @@
-"""The decoder: layers, key/value caches, rotary positions, and the Prompt that prefill consumes.
+"""The decoder: layers, KV caches and what they hold, rotary positions, and the Prompt that prefill consumes.
 
-Knows tokens, positions and rows of an encoder. Does not know images, files, tokenizers or sampling.
+Knows tokens, positions and image features. Does not know images, files, tokenizers or sampling.
 
 Shapes: S tokens of this call, T cache slots, D model width, H query heads, G key/value heads, d head width,
-V vocabulary rows, N visual rows, C slots of the cross caches. There is no batch dimension.
+V vocabulary size, N visual tokens, C slots of the cross-attention caches. There is no batch dimension.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -25,17 +25,17 @@ class ModelArgs:
     n_kv_head: int
     head_dim: int
     intermediate_size: int
-    vocab_size: int  # rows of the embedding, padding rows included
-    n_tokens: int  # rows that the tokenizer can name: those after them are padding and are never sampled
+    vocab_size: int  # of the output layer, padding included
+    n_tokens: int  # ids that the tokenizer knows: those after them are padding and are never sampled
     max_seq_len: int = 4096  # the context that the model was trained for, in tokens
     norm_eps: float = 1e-5
     rope_base: float = 10000.0
-    rope_scaling: dict | None = None  # Llama 3.1's numbers, under the hub's names
+    rope_scaling: dict | None = None  # Llama 3.1's numbers, under the names of Hugging Face's config.json
     mrope_section: tuple[int, int, int] | None = None  # frequencies that follow (time, height, width)
     qkv_bias: bool = False
     tie_embeddings: bool = False  # the output layer is the embedding table
-    n_unspoken: int = 0  # rows of the embedding alone, after vocab_size: tokens that are read and never said
-    cross_attention_layers: tuple[int, ...] = ()  # those that look at visual rows instead of at earlier tokens
+    n_input_only: int = 0  # ids after vocab_size that have an embedding and no logit
+    cross_attention_layers: tuple[int, ...] = ()  # those that attend to image features instead of to earlier tokens
     image_token_id: int | None = None
     vision: dict | None = None
 
@@ -44,20 +44,72 @@ class ModelArgs:
 class Prompt:
     """What prefill consumes: text, or text with images already encoded and placed.
 
-    key tells whether a cache already holds a token: equal keys stand for equal cache contents. It is the token's id,
-    or a negative number made of the image's content and the row's index.
+    keys tells whether a cache already holds a token: equal keys stand for equal cache contents. A key is the token's id
+    or, of a visual token, a negative number made of the image's content and the token's index in it.
     """
 
-    tokens: Tensor  # [S] ids; the image token stands where a visual row goes, or once for an image that is looked at
+    tokens: Tensor  # [S] ids; the image token stands for each visual token, or once an image under cross-attention
     rope_pos: Tensor  # [S, 3] (time, height, width); three equal columns for text
-    key: list[int]  # S of them
+    keys: list[int]  # S of them
     next_pos: int  # the rotary position of the token after the prompt
-    cross_mask: Tensor  # [S, N] bool: who may look at which row; [S, 0] if there are none to look at
-    visual: Tensor | None = None  # [N, D] rows from the encoder, in image order
-    image_mask: Tensor | None = None  # [S] bool: which tokens the rows replace, N of them
+    cross_mask: Tensor  # [S, N] bool: which image features a token may attend to; [S, 0] without cross-attention
+    visual: Tensor | None = None  # [N, D] image features, in image order
+    image_mask: Tensor | None = None  # [S] bool: the N tokens whose embeddings the image features replace
 
     def __len__(self) -> int:
-        return len(self.key)
+        return len(self.keys)
+
+
+@dataclass
+class CachedTokens:
+    """Which tokens a KV cache holds, slot by slot: the owner of the cache position.
+
+    A step first writes slots (write), then learns which of its tokens the answer keeps, and rolls back the others
+    (commit). The last generated token is never cached: it is the next step's input.
+    """
+
+    n_slots: int
+    keys: list[int] = field(default_factory=list)  # Prompt.keys of the cached tokens
+    n_prompt: int = 0  # how many of them are the prompt's
+    n_written: int = 0  # slots after them that a step has written since the last commit
+
+    @property
+    def position(self) -> int:
+        """The slot of the next token."""
+        return len(self.keys) + self.n_written
+
+    @property
+    def free_slots(self) -> int:
+        return self.n_slots - self.position
+
+    def reusable_prefix(self, keys: list[int]) -> int:
+        """How many tokens of a prompt are cached, at most all but its last; 0 where a visual token follows them.
+
+        An image leaves more behind than its slots (the rotary offset): past it the cache cannot be rolled back.
+        """
+        n = next(
+            (i for i, (a, b) in enumerate(zip(self.keys, keys[:-1])) if a != b), min(len(self.keys), len(keys) - 1)
+        )
+        return n if min(self.keys[n:] + keys[n:]) >= 0 else 0
+
+    def fill(self, keys: list[int]) -> None:
+        """The cache holds this prompt and nothing else."""
+        self.keys, self.n_prompt, self.n_written = list(keys), len(keys), 0
+
+    def pending(self, ids: list[int]) -> list[int]:
+        """The generated ids that are not cached yet."""
+        return ids[len(self.keys) - self.n_prompt :]
+
+    def write(self, n: int) -> int:
+        """Take n more slots, and return the first."""
+        first = self.position
+        self.n_written += n
+        return first
+
+    def commit(self, ids: list[int]) -> None:
+        """ids are all that was generated: keep the slots that hold them, roll back those of rejected tokens."""
+        self.keys += self.pending(ids)[:-1][: self.n_written]
+        self.n_written = 0
 
 
 class Step(NamedTuple):
@@ -66,8 +118,8 @@ class Step(NamedTuple):
     cos: Tensor  # [S, d] float32
     sin: Tensor  # [S, d] float32
     input_pos: Tensor  # [S] the cache slot of each token
-    mask: Tensor | None  # [S, T or fewer] which slots a token sees; None: the cache is empty, attend to these tokens
-    cross_mask: Tensor  # [S, C or fewer] which slots of the cross caches a token sees; [S, 0]: there are no images
+    mask: Tensor | None  # [S, T or fewer] the slots a token attends to; None: causally to the tokens of this call
+    cross_mask: Tensor  # [S, C or fewer] the cross-attention slots a token attends to; [S, 0]: there are no images
 
 
 def inverse_frequencies(args: ModelArgs, device) -> Tensor:
@@ -87,19 +139,19 @@ def inverse_frequencies(args: ModelArgs, device) -> Tensor:
 
 
 def rope_table(angles: Tensor) -> tuple[Tensor, Tensor]:
-    """For rotate: cos and sin [..., d] of angles [..., d/2]; sin has the sign with which the other half counts."""
+    """For rotate: cos and sin [..., d] of angles [..., d/2]; sin carries the sign of the other half's term."""
     return torch.cat((angles, angles), dim=-1).cos(), torch.cat((-angles, angles), dim=-1).sin()
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x [..., S, d] turned, halves paired as the hub stores weights."""
+    """x [..., S, d] rotated; the two halves are paired, as in the Hugging Face checkpoint's layout."""
     wide = x.float()
     first, second = wide.chunk(2, dim=-1)
     return (wide * cos + torch.cat((second, first), dim=-1) * sin).type_as(x)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """[S, H * d] of queries [H, S, d], keys and values [G, T, d], mask [S, T]; without a mask causally."""
+    """[S, H * d] from queries [H, S, d], keys and values [G, T, d], mask [S, T] bool; causal without a mask."""
     rows = q.unflatten(0, (len(k), -1))  # [G, H/G, S, d]: a group of query heads shares one key/value head
     if mask is not None and len(mask) <= 16:  # a decode step: the group as rows of one head, which reads them once
         rows, mask = rows.flatten(1, 2)[:, None], mask.repeat(rows.shape[1], 1)  # [G, 1, H/G * S, d]
@@ -130,8 +182,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, step: Step) -> Tensor:
         heads = self.wqkv(x).unflatten(-1, (-1, self.head_dim)).transpose(0, 1)  # [H + 2G, S, d]
-        turned = rotate(heads[: -self.n_kv_head], step.cos, step.sin)
-        q, k, v = turned[: self.n_head], turned[self.n_head :], heads[-self.n_kv_head :]
+        rotated = rotate(heads[: -self.n_kv_head], step.cos, step.sin)
+        q, k, v = rotated[: self.n_head], rotated[self.n_head :], heads[-self.n_kv_head :]
         self.k_cache[:, step.input_pos] = k
         self.v_cache[:, step.input_pos] = v
         if step.mask is not None:
@@ -140,7 +192,7 @@ class Attention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Tokens look at the rows of images. There are no positions here: norms take the place of the rotation."""
+    """Tokens attend to image features. There are no positions: queries and keys are normalized, not rotated."""
 
     def __init__(self, args: ModelArgs):
         super().__init__()
@@ -154,8 +206,8 @@ class CrossAttention(nn.Module):
 
     setup_cache = Attention.setup_cache
 
-    def remember(self, visual: Tensor) -> None:
-        """Keys and values of the rows [N, D] into the first slots: all that later tokens need of the images."""
+    def cache_images(self, visual: Tensor) -> None:
+        """Write keys and values of the image features [N, D] into the first slots, once for all later tokens."""
         k, v = self.wkv(visual).unflatten(-1, (2, self.n_kv_head, self.head_dim)).permute(1, 2, 0, 3)  # [G, N, d]
         self.k_cache[:, : len(visual)] = self.k_norm(k)
         self.v_cache[:, : len(visual)] = v
@@ -191,15 +243,15 @@ class Block(nn.Module):
 
 
 class CrossBlock(Block):
-    """A layer of Llama 3.2 Vision (arXiv 2407.21783, section 7) that looks at images.
+    """A cross-attention layer of Llama 3.2 Vision (arXiv 2407.21783, section 7).
 
-    A token that sees no image passes unchanged: Meta's code zeroes its attention output and its MLP.
+    A token that may attend to no image passes unchanged: Meta's code zeroes its attention output and its MLP.
     """
 
     def __init__(self, args: ModelArgs):
         super().__init__(args)
         self.attention = CrossAttention(args)
-        self.gates = nn.Parameter(torch.zeros(2))  # tanh of it: how much of attention and MLP is added
+        self.gates = nn.Parameter(torch.zeros(2))  # tanh of them scales what attention and MLP add
 
     def forward(self, x: Tensor, step: Step) -> Tensor:
         if step.cross_mask.shape[1] == 0:
@@ -207,7 +259,7 @@ class CrossBlock(Block):
         attention_gate, ffn_gate = self.gates.tanh()
         y = x + attention_gate * self.attention(self.attention_norm(x), step)
         y = y + ffn_gate * self.feed_forward(self.ffn_norm(y))
-        return torch.where(step.cross_mask.any(dim=1, keepdim=True), y, x)  # y may be NaN where nothing is seen
+        return torch.where(step.cross_mask.any(dim=1, keepdim=True), y, x)  # y may be NaN where the mask is all false
 
 
 class Transformer(nn.Module):
@@ -217,55 +269,55 @@ class Transformer(nn.Module):
         super().__init__()
         self.args = args
         # Not initialized: drawing numbers on the meta device would import torch._dynamo, two seconds for nothing.
-        self.embedding = nn.Embedding.from_pretrained(torch.empty(args.vocab_size + args.n_unspoken, args.dim))
+        self.embedding = nn.Embedding.from_pretrained(torch.empty(args.vocab_size + args.n_input_only, args.dim))
         blocks = [CrossBlock if i in args.cross_attention_layers else Block for i in range(args.n_layer)]
         self.layers = nn.ModuleList(block(args) for block in blocks)
         self.norm = nn.RMSNorm(args.dim, args.norm_eps)
         self.output = nn.Linear(args.dim, args.vocab_size, bias=False)
-        self.n_slots, self.n_cross = 0, 0
+        self.cached, self.n_cross = CachedTokens(0), 0
 
     def setup_caches(self, n_slots: int, n_cross: int = 0) -> None:
-        """Room for n_slots tokens, and for n_cross rows of images to look at. What the caches held is lost."""
+        """Room for n_slots tokens, and for n_cross image features under cross-attention. Cached tokens are lost."""
         device, dtype = self.norm.weight.device, self.norm.weight.dtype
-        for layer in self.layers:  # one more than n_slots: see slots
+        for layer in self.layers:  # one more than n_slots: see self.slots
             layer.attention.setup_cache(n_cross if isinstance(layer, CrossBlock) else n_slots + 1, device, dtype)
         section = torch.tensor(self.args.mrope_section or (self.args.head_dim // 2, 0, 0))
         axis = torch.arange(3).repeat_interleave(section).to(device)
-        self.register_buffer("rope_axis", axis, persistent=False)  # [d/2] the column that a frequency follows
+        self.register_buffer("rope_axis", axis, persistent=False)  # [d/2] the column of rope_pos for each frequency
         self.register_buffer("inv_freq", inverse_frequencies(self.args, device), persistent=False)
         # Rotary position minus cache slot after the prompt: an image takes fewer positions than tokens.
         self.register_buffer("rope_delta", torch.zeros((), dtype=torch.long, device=device), persistent=False)
-        # One more than are ever read: a compiled step for a part of the cache is not compiled again for all of it.
+        # One more than are ever read, so that a step compiled for a part of the cache serves the whole cache too.
         self.register_buffer("slots", torch.arange(n_slots + 1, device=device), persistent=False)
-        # What the prompt's last token may look at, and so does whatever follows.
-        self.register_buffer("cross_seen", torch.zeros(n_cross, dtype=torch.bool, device=device), persistent=False)
-        self.n_slots, self.n_cross = n_slots, n_cross
+        # The image features that the prompt's last token may attend to, and so may all tokens after it.
+        self.register_buffer("cross_row", torch.zeros(n_cross, dtype=torch.bool, device=device), persistent=False)
+        self.cached, self.n_cross = CachedTokens(n_slots), n_cross
 
     def angles(self, rope_pos: Tensor) -> tuple[Tensor, Tensor]:
         """rope_table [S, d] of the rotary positions [S, 3]."""
         return rope_table(rope_pos[:, self.rope_axis].float() * self.inv_freq)
 
     def forward(self, tokens: Tensor, input_pos: Tensor, n_slots: int | None = None) -> Tensor:
-        """Logits [S, V] of tokens [S] that go into the slots input_pos [S]; each sees the slots up to its own.
+        """Logits [S, V] of tokens [S] written into the slots input_pos [S]; each attends to the slots up to its own.
 
-        n_slots: read no more than that many of the cache, the first; those in use are among them. None: read all.
+        n_slots: the KV-cache length to read, at least all slots in use. None: all of the cache.
         """
         rope_pos = (input_pos + self.rope_delta)[:, None].expand(-1, 3)
-        seen = self.cross_seen.expand(len(tokens), -1)
-        step = Step(*self.angles(rope_pos), input_pos, self.slots[:n_slots] <= input_pos[:, None], seen)
+        cross_mask = self.cross_row.expand(len(tokens), -1)
+        step = Step(*self.angles(rope_pos), input_pos, self.slots[:n_slots] <= input_pos[:, None], cross_mask)
         return self.run_layers(self.embedding(tokens), step)
 
     def prefill(self, prompt: Prompt) -> Tensor:
-        """Logits [1, V] of the prompt's last token; the caches hold this prompt and nothing else."""
+        """Logits [1, V] of the prompt's last token. Afterwards the caches hold this prompt and nothing else."""
         x = self.embedding(prompt.tokens)
         if prompt.image_mask is not None:
             x = x.masked_scatter(prompt.image_mask[:, None], prompt.visual.to(x.dtype))
         self.rope_delta.fill_(prompt.next_pos - len(prompt))
-        self.cross_seen.zero_()
+        self.cross_row.zero_()
         if n_cross := prompt.cross_mask.shape[1]:
-            self.cross_seen[:n_cross] = prompt.cross_mask[-1]
+            self.cross_row[:n_cross] = prompt.cross_mask[-1]
             for i in self.args.cross_attention_layers:
-                self.layers[i].attention.remember(prompt.visual.to(x.dtype))
+                self.layers[i].attention.cache_images(prompt.visual.to(x.dtype))
         step = Step(*self.angles(prompt.rope_pos), self.slots[: len(prompt)], None, prompt.cross_mask)
         return self.run_layers(x, step, last_only=True)
 

@@ -15,12 +15,8 @@ turns these into what the device's kernel wants. Scales are never rounded: bfloa
 Shapes: N output features, K input features, G groups of a row, S tokens.
 """
 
-import argparse
-import json
-import mmap
-import os
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -28,7 +24,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import cpu
-from model import ModelArgs, Transformer
+from checkpoint import load_mapped, read_params, write_checkpoint
+from cli import Parser, run_command
+from model import Transformer
 
 MODES = {"int8": torch.int8, "int4": torch.uint8, "fp8": torch.float8_e4m3fn}  # and the dtype of their weights
 LARGEST = {"int8": 127.0, "fp8": 448.0}
@@ -163,6 +161,11 @@ def empty(shape: tuple, dtype: torch.dtype) -> nn.Parameter:
 
 def frozen(tensor: Tensor) -> nn.Parameter:
     return nn.Parameter(tensor, requires_grad=False)
+
+
+def is_quantized(name: str, tensor: Tensor) -> bool:
+    """Part of a quantized layer, and not to be rounded to the compute dtype."""
+    return tensor.element_size() == 1 or name.endswith((".scale", ".zero"))
 
 
 def expect_quantized(model: nn.Module, state: dict[str, Tensor]) -> None:
@@ -378,62 +381,12 @@ KERNELS = {
 }
 
 
-def write_checkpoint(path: Path, shapes: dict[str, tuple], tensors: Iterable[tuple[str, Tensor]]) -> None:
-    """Write a state dict that is never in memory as a whole: first its outline, then tensor after tensor.
-
-    shapes: name -> (shape, dtype). The file appears under its name when it is complete. Raises OSError (disk full).
-    """
-    part = path.with_name(path.name + ".part")
-    try:
-        outline = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in shapes.items()}  # never touched
-        try:
-            with torch.serialization.skip_data():
-                torch.save(outline, part)
-        except RuntimeError:  # how the zip writer says that a write failed: not which, nor why
-            raise OSError(f"cannot write {path.parent}: the disk is full, or the folder cannot be written to") from None
-        reserve_space(part)
-        with torch.serialization.set_default_mmap_options(mmap.MAP_SHARED):
-            mapped = torch.load(part, mmap=True, weights_only=True)
-        for name, tensor in tensors:
-            mapped[name].copy_(tensor)
-        del mapped
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def reserve_space(path: Path) -> None:
-    """A full disk must be an error here, not a bus error in the mapped file."""
-    size = path.stat().st_size
-    try:
-        with open(path, "r+b") as file:
-            if hasattr(os, "posix_fallocate"):  # macOS has none
-                os.posix_fallocate(file.fileno(), 0, size)
-    except OSError as error:
-        raise OSError(f"cannot write {path.parent}, {size / 1e9:.1f} GB are needed: {error.strerror}") from None
-
-
-def load_mapped(path: Path) -> dict[str, Tensor]:
-    """The tensors stay in the file until they are used, and in memory as long as the mapping lives."""
-    try:
-        return torch.load(path, mmap=True, weights_only=True, map_location="cpu")
-    except FileNotFoundError:
-        raise ValueError(f"no such file: {path}; make it with scripts/convert_hf_checkpoint.py") from None
-    except Exception as error:  # the unpickler and the zip reader share no class of errors
-        raise ValueError(f"cannot read {path} ({str(error).partition(chr(10))[0]}); convert it again") from None
-
-
 def find_linears(path: Path, state: dict[str, Tensor]) -> dict[str, nn.Linear]:
     """The linear layers of the decoder whose checkpoint this is, by name, without memory."""
     if any(name.endswith(".scale") for name in state):
         raise ValueError(f"{path} is quantized already: quantize the original, model.pth")
-    params = path.parent / "params.json"
-    try:
-        args = ModelArgs(**json.loads(params.read_text())["model"])
-        with torch.device("meta"):
-            layers = linears(Transformer(args))
-    except (OSError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"cannot read {params} ({error}); convert the checkpoint again") from None
+    with torch.device("meta"):
+        layers = linears(Transformer(read_params(path)[0]))
     for name, linear in layers.items():
         if getattr(state.get(source_of(name, state)), "shape", None) != linear.weight.shape:
             raise ValueError(f"{path} is not what its params.json says ({name}); convert the checkpoint again")
@@ -523,27 +476,21 @@ def quantize(path: Path, mode: str, group: int) -> tuple[Path, dict[str, float]]
     return result, {kind: (error / max(square, 1e-300)) ** 0.5 for kind, (error, square) in sums.items()}
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        raise ValueError(f"{message} (--help lists the flags)")
-
-
-def main(argv: list[str] | None = None) -> int:
-    """0, or 2 for a mistake of the user's: one line on stderr says what is wrong."""
+def run(argv: list[str] | None) -> int:
     parser = Parser(prog="quantize.py", description=__doc__.splitlines()[0])
     parser.add_argument("--checkpoint_path", type=Path, required=True, help="a converted model.pth")
     parser.add_argument("--mode", choices=MODES, required=True)
     parser.add_argument("--groupsize", type=int, choices=GROUP_SIZES, default=128, help="of int4")
-    try:
-        args = parser.parse_args(argv)
-        result, errors = quantize(args.checkpoint_path, args.mode, args.groupsize)
-        before, after = args.checkpoint_path.stat().st_size, result.stat().st_size
-    except (ValueError, OSError) as error:
-        print(f"quantize.py: {error}", file=sys.stderr)
-        return 2
+    args = parser.parse_args(argv)
+    result, errors = quantize(args.checkpoint_path, args.mode, args.groupsize)
+    before, after = args.checkpoint_path.stat().st_size, result.stat().st_size
     print("\n".join(f"{kind:32} relative error {error:.5f} (RMS)" for kind, error in errors.items()))
     print(f"{before / 1e9:.3f} GB -> {after / 1e9:.3f} GB ({after / before:.2f}): {result}")
     return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    return run_command("quantize.py", lambda: run(argv))
 
 
 if __name__ == "__main__":

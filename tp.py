@@ -21,11 +21,12 @@ import sys
 import threading
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from datetime import timedelta
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -121,7 +122,7 @@ def plan(args: ModelArgs, n_groups: int, rank: int, n_ranks: int) -> tuple[Model
         unit //= 2
     n_units = args.intermediate_size // unit
     units = list(share(n_units, rank, n_ranks))
-    each, rows = rows_each(args, n_ranks), args.vocab_size + args.n_unspoken
+    each, rows = rows_each(args, n_ranks), args.vocab_size + args.n_input_only
     own = range(args.vocab_size)[rank * each : (rank + 1) * each]
     layers = {
         "attention.wqkv": (0, queries + [n_head + g for g in keys + values], n_head + 2 * n_kv_head),
@@ -132,12 +133,12 @@ def plan(args: ModelArgs, n_groups: int, rank: int, n_ranks: int) -> tuple[Model
         "feed_forward.w2": (1, *coarsen(units, n_units)),
     }
     small = dict(n_head=len(queries), n_kv_head=len(kv_heads), intermediate_size=len(units) * unit)
-    return replace(args, **small, vocab_size=len(own), n_unspoken=rows - len(own)), layers, own
+    return replace(args, **small, vocab_size=len(own), n_input_only=rows - len(own)), layers, own
 
 
 def rows_each(args: ModelArgs, n_ranks: int) -> int:
     """W: rows of the output layer a rank, but for the last, which may have fewer. The same of a rank's own args."""
-    unit, rows = UNIT, args.vocab_size + args.n_unspoken
+    unit, rows = UNIT, args.vocab_size + args.n_input_only
     while (each := -(-rows // (n_ranks * unit)) * unit) * (n_ranks - 1) >= args.n_tokens and unit > 1:
         unit //= 2  # a vocabulary so small that nothing would be left for the last
     return each
@@ -231,6 +232,37 @@ def agree(tokens: Tensor) -> Tensor:
     """Rank 0's tokens on every rank."""
     dist.broadcast(tokens, 0)
     return tokens
+
+
+class OneProcess:
+    """What an engine asks of the ranks that run it; of a single one, nothing. tp.Ranks is the same for several."""
+
+    rank, n_ranks = 0, 1
+
+    def shard(self, args: ModelArgs, state: dict[str, Tensor]) -> tuple[ModelArgs, Iterable[tuple[str, Tensor]]]:
+        """The arguments and the tensors of this rank's part of a model."""
+        return args, state.items()
+
+    def connect(self, model: Transformer) -> None:
+        """Make a loaded part work together with the parts of the other ranks."""
+
+    def broadcast(self, tensor: Tensor) -> Tensor:
+        """Rank 0's tensor, on every rank."""
+        return tensor
+
+    def check(self, prompt: Prompt) -> None:
+        """End the run if another rank was given another prompt."""
+
+    def share(self, value: Any) -> Any:
+        """Rank 0's value, which JSON can hold, on every rank."""
+        return value
+
+
+def join_ranks(args) -> OneProcess:
+    """This process among those that torchrun started, or alone. args: the flags, which are the same on all ranks."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return OneProcess()
+    return Ranks(args)
 
 
 # ---- starting and ending together ----------------------------------------------------------------------------------

@@ -41,20 +41,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from cli import Parser, check_device, log, number, one_line
 from cpu import prepare
-from generate import (
-    Engine,
-    Parser,
-    check_device,
-    compile_prefill,
-    compile_step,
-    generate,
-    log,
-    now,
-    number,
-    one_line,
-    weight_bytes,
-)
+from generate import Engine, compile_layers, compile_steps, generate, now, weight_bytes
 from model import ModelArgs, Transformer
 from quantize import GROUP_SIZES, MODES, quantize_in_place
 from scripts.peers import LlamaCpp, Transformers, seconds_of
@@ -78,7 +67,7 @@ def random_engine(args: ModelArgs, device: str, dtype: torch.dtype) -> Engine:
             for name, parameter in child.named_parameters(recurse=False):
                 is_norm = isinstance(child, (nn.RMSNorm, nn.LayerNorm)) and name == "weight"
                 parameter.fill_(1) if is_norm else fill_with_noise(parameter)
-    return Engine(model, encoder, step=model)
+    return Engine(model, encoder)
 
 
 def fill_with_noise(parameter: Tensor) -> None:
@@ -119,7 +108,7 @@ class Ours:
         engine.max_cache_size = flags.max_cache_size
         self.encode()
         # Room for the prompt, a step that can be repeated at will, and guesses.
-        engine.reserve(len(self.prompt), flags.speculate_k + 1, self.prompt.cross_mask.shape[1])
+        engine.reserve(self.prompt, flags.speculate_k + 1, flags.speculate_k)
         self.prefill()
         self.slots = torch.arange(len(self.prompt), len(self.prompt) + flags.speculate_k + 1, device=self.device)
         self.ids = torch.ones_like(self.slots)
@@ -127,11 +116,11 @@ class Ours:
     def encode(self) -> float:
         self.engine.forget()
         start = now(self.device)
-        self.prompt = self.engine.prompt(self.tokens, self.images)
+        self.prompt = self.engine.build_prompt(self.tokens, self.images)
         return now(self.device) - start
 
     def prefill(self) -> float:
-        self.engine.held = []
+        self.engine.cached.fill([])
         return seconds_of(lambda: self.engine.prefill(self.prompt), self.device)
 
     def step(self) -> float:
@@ -141,8 +130,8 @@ class Ours:
         return self.forward(self.n_guesses + 1)
 
     def forward(self, n: int) -> float:
-        n_read = self.engine.n_read(n)
-        return seconds_of(lambda: self.engine.step(self.ids[:n], self.slots[:n], n_read), self.device)
+        length = self.engine.cache_length(n)
+        return seconds_of(lambda: self.engine.model(self.ids[:n], self.slots[:n], length), self.device)
 
 
 def in_turn(contestants: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
@@ -173,9 +162,9 @@ def build(name: str, flags: argparse.Namespace, n_layer: int | None) -> tuple[En
         seconds["quantize_s"] = now(device) - start
     prepare(engine.model)
     if flags.compile:
-        compile_step(engine)
+        compile_steps(engine)
     if flags.compile_prefill:
-        compile_prefill(engine)
+        compile_layers(engine)
     return engine, seconds
 
 
@@ -200,12 +189,12 @@ def peak_memory(device: torch.device) -> float:
 def try_prompts(engine: Engine, flags: argparse.Namespace) -> dict:
     """Answers to prompts of different lengths and picture sizes, and what they caused."""
     args, shuffled = engine.model.args, random.Random(0)
-    graphs, memory, cache = n_graphs(), peak_memory(engine.device), engine.model.n_slots
+    graphs, memory, cache = n_graphs(), peak_memory(engine.device), engine.model.cached.n_slots
     for _ in range(flags.n_prompts):
         n, side = shuffled.randint(1, flags.prompt_tokens), shuffled.randint(28, flags.image_size)
         generate(engine, *make_prompt(args, n, side), 8)
     growth = peak_memory(engine.device) - memory
-    assert engine.model.n_slots == cache
+    assert engine.model.cached.n_slots == cache
     return {"n_recompiles": n_graphs() - graphs, "memory_growth_gb": growth}
 
 
@@ -240,7 +229,7 @@ def measure(flags: argparse.Namespace) -> dict:
     engine, result = build(flags.model, flags, flags.n_layer)
     args = engine.model.args
     ours = Ours(engine, *make_prompt(args, flags.prompt_tokens, flags.image_size), flags)
-    result |= {"prompt_tokens": len(ours.prompt), "cache_slots": engine.model.n_slots}
+    result |= {"prompt_tokens": len(ours.prompt), "cache_slots": engine.model.cached.n_slots}
     result["n_visual_tokens"] = 0 if ours.prompt.visual is None else len(ours.prompt.visual)
     first = ours.step() + ours.verify()
     if flags.compile:

@@ -21,8 +21,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from checkpoint import write_checkpoint
 from model import ModelArgs, Transformer
-from quantize import write_checkpoint
 from scripts.hf_tokenizer import convert_tokenizer, read_json
 from scripts.published_models import MODELS, named
 from vision import build_encoder
@@ -306,7 +306,7 @@ def mllama(config: dict, hub_dir: Path) -> tuple[ModelArgs, Plan, Unused]:
         if vision.get(name, wanted) != wanted:
             raise ValueError(f"config.json: vision {name} = {vision[name]} is not supported, only {wanted} is")
     args = decoder_args(text, image_token_id=config["image_token_index"])
-    args.n_unspoken = 8  # by the hub's code, and Meta's (learnable_embedding); the first is the image token
+    args.n_input_only = 8  # by the hub's code, and Meta's (learnable_embedding); the first is the image token
     args.cross_attention_layers = tuple(text["cross_attention_layers"])
     args.vision = {
         "type": "llama3_2_vision",

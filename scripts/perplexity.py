@@ -79,7 +79,7 @@ def change_weights(model: nn.Module, kind: str, dtype: torch.dtype, dense: bool)
 
 def measure(kind: str, args: argparse.Namespace) -> float:
     dtype = getattr(torch, args.dtype)
-    engine, tokenizer = generate.load(args.checkpoint_path, args.device, dtype)
+    engine, tokenizer = generate.load(args.checkpoint_path, device=args.device, dtype=dtype, optimize=False)
     if kind != "none":
         change_weights(engine.model, kind, dtype, args.dequantize)
     engine.model.setup_caches(WINDOW)

@@ -60,7 +60,7 @@ for size, base, hf_rows in (("0.5b", "0.5B", 152000), ("7b", "7B-Instruct", 1521
     MODELS[f"llava-onevision-qwen2-{size}-si-hf"] = row
 for name, base, n_layer in (("11B", "8B", 40), ("90B", "70B", 100)):
     row = dict(MODELS[f"Llama-3.1-{base}"], n_layer=n_layer, cross_attention_layers=tuple(range(3, n_layer, 5)))
-    row |= dict(image_token_id=128256, n_unspoken=8, vision=dict(MLLAMA_VIT, out_dim=row["dim"]))
+    row |= dict(image_token_id=128256, n_input_only=8, vision=dict(MLLAMA_VIT, out_dim=row["dim"]))
     MODELS[f"Llama-3.2-{name}-Vision"] = row
 
 

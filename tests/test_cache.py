@@ -16,8 +16,8 @@ FAMILIES = ["qwen2", *VL_FAMILIES]
 def test_prefill_equals_one_by_one_equals_several(pair, family):
     pair = pair(family)
     tokens = pair.tokenizer.encode("The quick brown fox asks how many circles there are.")
-    prompt = pair.engine.prompt(tokens, [])
-    pair.engine.reserve(len(tokens), 1)
+    prompt = pair.engine.build_prompt(tokens, [])
+    pair.engine.reserve(prompt, 1)
     last = pair.model.prefill(prompt)[0]
     ids, positions = prompt.tokens, torch.arange(len(tokens))
     at_once = pair.model(ids, positions)
@@ -54,14 +54,14 @@ def test_slots_that_steps_read(pair, monkeypatch):
         n_slots.append(n)
         return forward(tokens, input_pos, n)
 
-    monkeypatch.setattr(pair.engine, "step", step)
+    monkeypatch.setattr(pair.model, "forward", step)
     monkeypatch.setattr(pair.engine, "max_cache_size", 300)
     generate.generate(pair.engine, [20] * 10, [], 500)
     assert [n_slots.count(n) for n in (64, 128, 192, 256, 300)] == [54, 64, 64, 64, 44]
     monkeypatch.setattr(generate.Engine, "device", torch.device("cuda"))
     for held, n, expected in ((10, 1, 64), (63, 1, 64), (63, 2, 128), (128, 1, 256), (250, 6, 256), (256, 1, 300)):
-        pair.engine.held = [0] * held
-        assert pair.engine.n_read(n) == expected
+        pair.engine.cached.fill([0] * held)
+        assert pair.engine.cache_length(n) == expected
 
 
 @pytest.mark.parametrize("family", VL_FAMILIES)
@@ -71,8 +71,8 @@ def test_image_then_several_at_once(pair, family):
     pair = pair(family)
     head = pair.tokenizer.encode_raw([{"type": "image"}])
     tail = pair.tokenizer.encode(" what is it, and how many of them?")
-    whole, part = (pair.engine.prompt(tokens, [draw_picture(300, 168)]) for tokens in (head + tail, head))
-    pair.engine.reserve(len(whole), 1, whole.cross_mask.shape[1])
+    whole, part = (pair.engine.build_prompt(tokens, [draw_picture(300, 168)]) for tokens in (head + tail, head))
+    pair.engine.reserve(whole, 1)
     expected = pair.model.prefill(whole)[-1]
     pair.model.prefill(part)
     logits = pair.model(torch.tensor(tail), torch.arange(len(part), len(whole)))
@@ -96,16 +96,16 @@ def test_conversation_continued_equals_afresh(pair, family, monkeypatch):
         images = [draw_picture(200, 150)]
         content.insert(0, {"type": "image"})
     messages = [{"role": "user", "content": content}]
-    pair.engine.reserve(400, 1)
+    pair.model.setup_caches(512, 512 if pair.model.args.cross_attention_layers else 0)
     for turn in range(3):
         tokens = pair.tokenizer.encode_chat(messages)
         continued = generate.generate(pair.engine, tokens, images, 12, pair.tokenizer.stop_ids)
-        held = pair.engine.held
+        held = list(pair.engine.cached.keys)
         assert len(calls) == turn + 1, "of the continued turns only the first prefills"
         pair.engine.forget()
         afresh = generate.generate(pair.engine, tokens, images, 12, pair.tokenizer.stop_ids)
         assert continued["token_ids"] == afresh["token_ids"]
-        assert held == pair.engine.held
+        assert held == pair.engine.cached.keys
         reply = [token for token in continued["token_ids"] if token not in pair.tokenizer.stop_ids]
         messages += [
             {"role": "assistant", "content": [{"type": "tokens", "ids": reply}]},
@@ -116,7 +116,7 @@ def test_conversation_continued_equals_afresh(pair, family, monkeypatch):
 @pytest.mark.parametrize("family", VL_FAMILIES)
 def test_text_after_image_equals_fresh_process(pair, family):
     pair = pair(family)
-    fresh, tokenizer = generate.load(pair.path, "cpu", torch.float32)
+    fresh, tokenizer = generate.load(pair.path, device="cpu", dtype=torch.float32)
     tokens = tokenizer.encode_chat([{"role": "user", "content": "Say something long."}])
     expected = generate.generate(fresh, tokens, [], 20)
     image = tokenizer.encode_chat([{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]}])
@@ -145,8 +145,8 @@ def test_images_of_a_conversation_are_encoded_once(pair, monkeypatch):
     images = [draw_picture(100, 100, seed) for seed in (1, 2)]
     tokens = pair.tokenizer.encode_chat([{"role": "user", "content": [{"type": "image"}]}] * 2)
     with torch.inference_mode():
-        pair.engine.prompt(tokens, images)
-        pair.engine.prompt(tokens, images)
+        pair.engine.build_prompt(tokens, images)
+        pair.engine.build_prompt(tokens, images)
     assert len(calls) == 2
 
 
@@ -177,7 +177,7 @@ def test_stop_tokens_end_the_answer(pair):
         result = generate.generate(pair.engine, tokens, [], 24, stop_ids={free[i], 10**9})
         assert result["token_ids"] == free[: stop + 1]
         assert result["finish_reason"] == "stop"
-        assert pair.engine.held == tokens + free[:stop]
+        assert pair.engine.cached.keys == tokens + free[:stop]
 
 
 def test_steps_beyond_a_stop_do_not_count(pair, monkeypatch):
@@ -191,7 +191,7 @@ def test_steps_beyond_a_stop_do_not_count(pair, monkeypatch):
     pair.engine.forget()
     result = generate.generate(pair.engine, tokens, [], 100, stop_ids={free[10]})
     assert result["token_ids"] == free[: stop + 1]
-    assert pair.engine.held == tokens + free[:stop]
+    assert pair.engine.cached.keys == tokens + free[:stop]
 
 
 def test_sampling():

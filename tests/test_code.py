@@ -16,13 +16,16 @@ ALLOWED = {
     "model": set(),
     "tokenizer": set(),
     "vision": {"model"},
+    "cli": {"vision"},
+    "checkpoint": {"model"},
     "cpu": {"model"},
-    "quantize": {"cpu", "model"},
-    "tp": {"model"},
-    "generate": {"model", "tokenizer", "vision"},
-    "evaluate": {"generate", "model", "tokenizer", "vision"},
+    "quantize": {"checkpoint", "cli", "cpu", "model"},
+    "tp": {"checkpoint", "model", "quantize"},
+    "generate": {"checkpoint", "cli", "cpu", "model", "quantize", "tokenizer", "tp", "vision"},
+    "chat": {"cli", "generate", "tokenizer", "tp", "vision"},
+    "evaluate": {"cli", "generate", "model", "tokenizer", "tp", "vision"},
 }
-LAZY = {"generate": {"cpu", "quantize", "tp"}, "evaluate": {"quantize", "tp"}}
+LAZY = {"generate": {"chat"}}
 RUNTIME = {"torch", "PIL", "sentencepiece"}
 
 

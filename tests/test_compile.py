@@ -20,19 +20,21 @@ def n_graphs() -> int:
 
 
 def load_pair(pair, family: str, modes=(None, None), compiled=False, prefill=False):
-    """A target, its pruned draft and the tokenizer, as generate.load_engine() prepares them."""
+    """A target, its pruned draft and the tokenizer, as generate.load() prepares them."""
     torch._dynamo.reset()
-    (engine, tokenizer), (draft, _) = (generate.load(pair(name).path, "cpu", torch.float32) for name in family)
-    engine.draft, draft.pruning = draft, Pruning("structured", 0.5)
+    paths = [pair(name).path for name in family]
+    options = {"draft": paths[1], "pruning": Pruning("structured", 0.5), "optimize": False}  # layers to be quantized
+    engine, tokenizer = generate.load(paths[0], device="cpu", dtype=torch.float32, **options)
+    draft = engine.draft.engine
     for each, mode in zip((engine, draft), modes):
         if mode:
             quantize_in_place(each.model, mode, 32, torch.float32)
         prepare(each.model)
         each.model.setup_caches(512, 300 if each.model.args.cross_attention_layers else 0)
         if compiled:
-            generate.compile_step(each)
+            generate.compile_steps(each)
         if prefill:
-            generate.compile_prefill(each)
+            generate.compile_layers(each)
     return engine, tokenizer
 
 
@@ -40,7 +42,7 @@ def ask(engine, tokenizer, size=None, n: int = 20, text: str = "How many circles
     parts = [{"type": "image"}] * bool(size) + [{"type": "text", "text": text}]
     tokens = tokenizer.encode_chat([{"role": "user", "content": parts}])
     engine.forget()
-    return generate.generate(engine, tokens, [draw(*size)] if size else [], n)
+    return generate.generate(engine, tokens, [draw(*size)] if size else [], n, draft=engine.draft)
 
 
 # Family of the target and of the draft, and how their weights are quantized.
@@ -90,4 +92,4 @@ def test_20_prompts_after_warm_up(pair):
     engine.forget()
     assert living_bytes() <= 1.02 * size
     assert min(n_prompts) < 128 and max(n_prompts) > 256 and len(n_prompts) > 10
-    assert engine.model.n_slots == 512, "all fitted into one cache"
+    assert engine.model.cached.n_slots == 512, "all fitted into one cache"

@@ -100,12 +100,11 @@ def test_the_models_use_it(can_build, pair, family):
     """In bfloat16 it is in the place of PyTorch's, and says the same but for rounding."""
     logits = {}
     for dtype, name in ((torch.bfloat16, "plain"), (torch.bfloat16, "prepared"), (torch.float32, "exact")):
-        engine, tokenizer = generate.load(pair(family).path, "cpu", dtype)
+        engine, tokenizer = generate.load(pair(family).path, device="cpu", dtype=dtype, optimize=name == "prepared")
         if name == "prepared":
-            cpu.prepare(engine.model)
             assert all(type(layer.attention.attend) is cpu.Attend for layer in engine.model.layers)
         tokens = tokenizer.encode_request({"prompt": "How many circles are there?"})[0]
-        prompt = engine.prompt(tokens, [])
+        prompt = engine.build_prompt(tokens, [])
         engine.model.setup_caches(512, 64 if engine.model.args.cross_attention_layers else 0)
         following = torch.arange(6), torch.arange(6) + len(prompt)
         logits[name] = torch.cat((engine.model.prefill(prompt), engine.model(*following, 128))).float()

@@ -109,17 +109,17 @@ def test_a_vision_model_runs_the_benchmarks_of_text(run, tiny, data, name):
 
 @pytest.mark.parametrize("name", ["mt_bench", "human_eval"])
 def test_a_model_without_a_chat_format_runs_them_too(run, tiny, data, name, monkeypatch):
-    load, prompts = evaluate.load_engine, []
+    load, prompts = evaluate.load, []
 
-    def load_base(args, ranks=None):
-        engine, tokenizer = load(args)
+    def load_base(path, **options):
+        engine, tokenizer = load(path, **options)
         tokenizer.chat = None
         return engine, tokenizer
 
     answer = evaluate.answer
-    monkeypatch.setattr(evaluate, "load_engine", load_base)
+    monkeypatch.setattr(evaluate, "load", load_base)
     monkeypatch.setattr(
-        evaluate, "answer", lambda e, t, request, *more: prompts.append(request) or answer(e, t, request, *more)
+        evaluate, "answer", lambda e, t, request, **more: prompts.append(request) or answer(e, t, request, **more)
     )
     status, summary, _ = run(*tiny("qwen2"), "--bench_name", name, "--data_dir", data, "--warmup", 0)
     assert status == 0 and summary["failed"] == 0 and all(prompt["raw"] for prompt in prompts)
@@ -190,17 +190,17 @@ def test_figures_count_the_weights_that_were_read():
     """By hand: 8 x 8 float32 weights are 256 bytes. 6 tokens from 2 steps of a target that checks 2 guesses each."""
     engine = bench.stub_engine(draft=True)
     result = bench.stub_result("") | {"token_ids": [1] * 7, "accept_counts": [0, 0, 2], "tokens_per_s": 3.0}
-    figures = evaluate.figures(result, engine)
+    figures = evaluate.figures(result, engine, engine.draft)
     assert (figures["n_decoded"], figures["n_steps"], figures["decode_s"]) == (6, 2, 2.0)
     assert figures["bytes_read"] == 2 * 256 + 2 * 2 * 256
-    alone = evaluate.figures(bench.stub_result("") | {"token_ids": [1] * 7}, bench.stub_engine())
+    alone = evaluate.figures(bench.stub_result("") | {"token_ids": [1] * 7}, bench.stub_engine(), None)
     assert (alone["n_steps"], alone["bytes_read"]) == (6, 6 * 256)
-    cut = evaluate.figures(result | {"token_ids": [1] * 9}, engine)
+    cut = evaluate.figures(result | {"token_ids": [1] * 9}, engine, engine.draft)
     assert cut["n_steps"] == 2 + 2, "two tokens came without guesses"
 
 
 def test_rates_and_speed_up():
-    turns = [evaluate.figures(bench.stub_result("", speed), bench.stub_engine()) for speed in (100.0, 200.0)]
+    turns = [evaluate.figures(bench.stub_result("", speed), bench.stub_engine(), None) for speed in (100.0, 200.0)]
     rates = results.rates(turns, bandwidth_gb_per_s=2.0)
     assert rates["tokens_per_s"] == pytest.approx(4 / 0.03) and rates["tokens_per_step"] == 1.0
     assert rates["gb_per_s"] == pytest.approx(4 * 256 / 0.03 / 1e9)
@@ -224,15 +224,17 @@ def test_variants_prune_the_draft_they_enter_with():
     args = evaluate.parse_args(["--compare", "0", "0.25", "random:0.75", "--mm_prune_method", "structured"])
     variants = evaluate.plan_variants(args, engine)
     assert [v.name for v in variants] == ["target", "draft", "draft structured:0.25", "draft random:0.75"]
-    assert variants[0].enter().draft is None
-    assert variants[3].enter().draft.pruning == Pruning("random", 0.75, args.seed)
+    assert variants[0].draft is None
+    assert variants[3].draft.pruning == Pruning("random", 0.75, args.seed)
 
 
 def test_what_compiles_is_asked_again(run, monkeypatch, data, tmp_path):
     """The second of two questions compiles something at its first try, and again at its second: it is not counted."""
     (tmp_path / "checkpoint").mkdir()
     graphs, speeds = iter([0, 1, 2, 2]), iter(range(1, 100))
-    bench.install_stub(monkeypatch, tmp_path / "checkpoint", lambda *args: bench.stub_result("", next(speeds)))
+    bench.install_stub(
+        monkeypatch, tmp_path / "checkpoint", lambda *args, **options: bench.stub_result("", next(speeds))
+    )
     monkeypatch.setattr(evaluate, "count_graphs", lambda args: next(graphs))
     output = tmp_path / "out.jsonl"
     run("--bench_name", "human_eval", "--data_dir", data, "--warmup", 0, "--output", output)
@@ -257,7 +259,7 @@ def slow_mmmu(monkeypatch, tmp_path):
     """A run of 30 questions that takes a tenth of a second; its replies leave the letter to be guessed."""
     pytest.importorskip("pyarrow")
 
-    def answer(engine, tokenizer, request, args, show, said):
+    def answer(engine, tokenizer, request, **options):
         time.sleep(0.003)
         return bench.stub_result("who knows")
 
@@ -388,11 +390,11 @@ def test_results_are_not_overwritten(run, slow_mmmu, tmp_path):
 def test_interrupt_ends_with_the_summary_so_far(run, slow_mmmu, tmp_path, monkeypatch):
     answer, calls = evaluate.answer, []
 
-    def interrupted(*args):
+    def interrupted(*args, **options):
         calls.append(args)
         if len(calls) == 8:
             raise KeyboardInterrupt
-        return answer(*args)
+        return answer(*args, **options)
 
     monkeypatch.setattr(evaluate, "answer", interrupted)
     output = tmp_path / "out.jsonl"
@@ -423,7 +425,7 @@ def test_pass_at_1(run, data, tmp_path, monkeypatch):
     """One program that passes and one that does not; without the flag nothing is executed."""
     replies = iter(["```python\ndef add_all(x):\n    return sum(x)\n```", "def four_times(x):\n    return 3 * x"] * 2)
     (tmp_path / "checkpoint").mkdir()
-    bench.install_stub(monkeypatch, tmp_path / "checkpoint", lambda *args: bench.stub_result(next(replies)))
+    bench.install_stub(monkeypatch, tmp_path / "checkpoint", lambda *args, **more: bench.stub_result(next(replies)))
     flags = ["--bench_name", "human_eval", "--data_dir", data, "--warmup", 0]
     status, summary, err = run(*flags, "--allow_code_execution")
     assert status == 0 and (summary["accuracy"], summary["correct"]) == (0.5, 1)

@@ -62,7 +62,7 @@ def test_long_text_and_rope_scaling(pair):
 def test_text_in_bfloat16(pair, family):
     """The same text up to near-ties, and logits no further from those in float32 than the reference's own are."""
     pair = pair(family)
-    engine, _ = load(pair.path, "cpu", torch.bfloat16)
+    engine, _ = load(pair.path, device="cpu", dtype=torch.bfloat16)
     reference = in_bfloat16(pair.reference)
     agreed = 0
     for text in ("How many circles are there? 12 or 7.", "The lazy dog", "It doesn't lie.", "Three says the fox: 7"):
@@ -82,13 +82,13 @@ def test_text_in_bfloat16(pair, family):
 def test_image_in_bfloat16(pair, pictures, family):
     """The reference reads our answers and would have said the same at every place, but for near-ties."""
     pair = pair(family)
-    engine, _ = load(pair.path, "cpu", torch.bfloat16)
+    engine, _ = load(pair.path, device="cpu", dtype=torch.bfloat16)
     reference, image = in_bfloat16(pair.reference), pair.model.args.image_token_id
     equal = 0
     for kind in ("wide", "tall", "exif"):
         picture = load_image(pictures[kind])
         tokens = [*pair.tokenizer.encode("Look: "), image, *pair.tokenizer.encode("What is it?")]
-        rows = engine.prompt(tokens, [picture]).visual
+        rows = engine.build_prompt(tokens, [picture]).visual
         assert rows.dtype == torch.bfloat16 and rows.isfinite().all()
         answer = generate(engine, tokens, [picture], 24)
         ids = torch.tensor([answer["prompt_token_ids"] + answer["token_ids"]])
@@ -136,7 +136,7 @@ def check(pair, paths) -> None:
     grid = inputs["image_grid_thw"]
     positions, delta = pair.reference.model.get_rope_index(ids, inputs["mm_token_type_ids"], image_grid_thw=grid)
     assert torch.equal(prompt.rope_pos, positions[:, 0].T)
-    pair.engine.reserve(len(prompt), 24)
+    pair.engine.reserve(prompt, 24)
     logits = pair.model.prefill(prompt)
     assert pair.model.rope_delta == delta
     torch.testing.assert_close(logits, pair.reference(**inputs).logits[0, -1:], atol=1e-4, rtol=0)

@@ -41,6 +41,6 @@ def test_forward_at_full_size(name):
     tokens, images = make_prompt(args, 8, 112)
     result = generate(engine, tokens, images, 16)
     assert len(result["token_ids"]) == 16
-    logits = engine.step(torch.tensor([1]), torch.tensor([len(engine.held)]))
+    logits = engine.model(torch.tensor([1]), torch.tensor([len(engine.cached.keys)]))
     assert logits.isfinite().all()
     assert bool(args.vision) == bool(result["n_visual_tokens"])

@@ -21,7 +21,7 @@ from tests.helpers import hub
 from tests.helpers.checkpoints import Pair
 from tests.helpers.pictures import KINDS, draw, reference_picture
 from tests.helpers.reference import greedy
-from vision import CLIP_MEAN, CLIP_STD, LlamaEncoder, Pruning, build_prompt, load_image, who_sees
+from vision import CLIP_MEAN, CLIP_STD, LlamaEncoder, Pruning, build_prompt, cross_attention_mask, load_image
 
 FAMILY = "llama-3.2-vision"
 
@@ -91,7 +91,7 @@ def check(pair, paths, tokens: list[int]) -> None:
     assert torch.equal(prompt.rope_pos, torch.arange(len(tokens))[:, None].expand(-1, 3))
     torch.testing.assert_close(prompt.visual, reference_rows(pair, inputs), atol=1e-4, rtol=0)
 
-    pair.engine.reserve(len(prompt), 24, prompt.cross_mask.shape[1])
+    pair.engine.reserve(prompt, 24)
     logits = pair.model.prefill(prompt)
     expected = pair.reference(**inputs).logits[0]
     torch.testing.assert_close(logits, expected[-1:], atol=1e-4, rtol=0)
@@ -148,7 +148,7 @@ def test_text_only(vlm):
     """Skipped layers: before the cross caches exist, and after they have held an image."""
     tokens = compose(vlm, "How many circles are there? 12 or 7.")
     expected = greedy(vlm.reference, 24, torch.tensor([tokens]))
-    fresh, _ = generate.load(vlm.path, "cpu", torch.float32)
+    fresh, _ = generate.load(vlm.path, device="cpu", dtype=torch.float32)
     assert generate.generate(fresh, tokens, [], 24)["token_ids"] == expected
     assert fresh.model.n_cross == 0 and len(set(expected)) > 8
     generate.generate(fresh, compose(vlm, 1, "What?"), [draw(300, 200)], 4)
@@ -165,8 +165,8 @@ def test_tokens_before_the_image_do_not_depend_on_it(pair):
     tokens = compose(pair, "Look: ", 1, " Yes.")
     place = tokens.index(pair.model.args.image_token_id)
     for size in ((200, 100), (50, 50)):
-        prompt = pair.engine.prompt(tokens, [draw(*size)])
-        pair.engine.reserve(len(prompt), 1, prompt.cross_mask.shape[1])
+        prompt = pair.engine.build_prompt(tokens, [draw(*size)])
+        pair.engine.reserve(prompt, 1)
         pair.model.prefill(prompt)
         keys.append(pair.model.layers[-1].attention.k_cache[:, : len(tokens)].clone())
     difference = (keys[0] - keys[1]).abs().amax(dim=(0, 2))
@@ -183,7 +183,7 @@ def test_images_come_into_a_conversation(pair):
         messages.append({"role": "user", "content": content})
         tokens = pair.tokenizer.encode_chat(messages, date_string="1 May 2025")
         continued = generate.generate(pair.engine, tokens, images, 6, pair.tokenizer.stop_ids)
-        fresh, _ = generate.load(pair.path, "cpu", torch.float32)
+        fresh, _ = generate.load(pair.path, device="cpu", dtype=torch.float32)
         assert (
             continued["token_ids"] == generate.generate(fresh, tokens, images, 6, pair.tokenizer.stop_ids)["token_ids"]
         )
@@ -200,11 +200,11 @@ def test_images_come_into_a_conversation(pair):
         (".1.23", ["", "0", "0", "1", "12"]),
     ],
 )
-def test_who_sees(tokens, seen):
+def test_cross_attention_mask(tokens, seen):
     """Digits are images; by Meta's rule, which transformers' processor has too."""
     is_image = torch.tensor([token.isdigit() for token in tokens])
     n_rows = [2, 1, 3][: int(is_image.sum())]
-    mask = who_sees(is_image, n_rows)
+    mask = cross_attention_mask(is_image, n_rows)
     owner = "".join(str(i) * n for i, n in enumerate(n_rows))
     assert ["".join(sorted({o for o, s in zip(owner, row) if s})) for row in mask.tolist()] == seen
     spans = get_cross_attention_token_mask(is_image.long().tolist(), 1)
@@ -293,11 +293,11 @@ def test_other_encoders_are_refused(pair, name, value):
 
 def test_size_of_the_cross_cache(pair, monkeypatch):
     """By the flag, or by need; more rows than the flag allows are a mistake of the user's."""
-    engine, _ = generate.load(pair(FAMILY).path, "cpu", torch.float32)
+    engine, _ = generate.load(pair(FAMILY).path, device="cpu", dtype=torch.float32)
     tokens = compose(pair(FAMILY), 1, "What?")
     images = [draw(200, 200)]  # four tiles of 17 rows
     engine.cross_attention_seq_length = 67
-    with pytest.raises(ValueError, match="have 68 rows.*--cross_attention_seq_length"):
+    with pytest.raises(ValueError, match="have 68 visual tokens.*--cross_attention_seq_length"):
         generate.generate(engine, tokens, images, 8)
     engine.cross_attention_seq_length = 68
     exact = generate.generate(engine, tokens, images, 8)
@@ -318,10 +318,10 @@ def test_one_graph_serves_every_step(pair):
         graphs.append(graph)
         return graph
 
-    engine, _ = generate.load(pair.path, "cpu", torch.float32)
+    engine, _ = generate.load(pair.path, device="cpu", dtype=torch.float32)
     engine.cross_attention_seq_length = 100
     generate.generate(engine, compose(pair, 1, "What?"), [draw(100, 100)], 2)
-    engine.step = torch.compile(engine.model, backend=count, fullgraph=True, dynamic=False)
+    engine.model.compile(backend=count, fullgraph=True, dynamic=False)
     for parts, images in (((1, "What?"), [draw(200, 100)]), (("Text.",), []), ((1, "What?"), [draw(50, 50)])):
         tokens = compose(pair, *parts)
         compiled = generate.generate(engine, tokens, images, 12)
@@ -336,15 +336,14 @@ def test_draft_that_looks_at_fewer_rows(pair):
     pair = pair(FAMILY)
     tokens, images = compose(pair, "Look: ", 2, "What?"), [draw(200, 200), draw(40, 40)]
     plain = generate.generate(pair.engine, tokens, images, 16)
-    engine, _ = generate.load(pair.path, "cpu", torch.float32)
-    engine.draft, _ = generate.load(pair.path, "cpu", torch.float32)
+    engine, _ = generate.load(pair.path, draft=pair.path, device="cpu", dtype=torch.float32)
     for ratio, rows in ((0.0, 68 + 17), (0.5, 34 + 9), (0.99, 2)):
-        engine.draft.pruning = Pruning("random", ratio)
+        draft = engine.draft._replace(pruning=Pruning("random", ratio))
         engine.forget()
-        drafted = generate.generate(engine, tokens, images, 16)
+        drafted = generate.generate(engine, tokens, images, 16, draft=draft)
         assert drafted["token_ids"] == plain["token_ids"]
         assert drafted["draft_n_visual_tokens"] == rows
-        assert engine.draft.held[: len(tokens)] == engine.held[: len(tokens)]
+        assert draft.engine.cached.keys[: len(tokens)] == engine.cached.keys[: len(tokens)]
 
 
 @torch.inference_mode()
@@ -353,17 +352,17 @@ def test_bfloat16(tmp_path):
     folder, reference = hub.make_llama_vision(tmp_path / "hub", dtype=torch.bfloat16)
     convert(folder)
     pair = Pair(folder, reference)
-    pair.engine, _ = generate.load(pair.path, "cpu", torch.bfloat16)
+    pair.engine, _ = generate.load(pair.path, device="cpu", dtype=torch.bfloat16)
     for i in pair.model.args.cross_attention_layers:
         reference.model.language_model.layers[i].register_forward_hook(pass_unchanged, with_kwargs=True)
     images, tokens = [draw(200, 100)], compose(pair, 1, "What is it?")
     inputs = reference_inputs(images, tokens, pair.model.args.image_token_id)
     inputs["pixel_values"] = inputs["pixel_values"].bfloat16()
-    rows, expected = pair.engine.prompt(tokens, images).visual.float(), reference_rows(pair, inputs).float()
+    rows, expected = pair.engine.build_prompt(tokens, images).visual.float(), reference_rows(pair, inputs).float()
     assert rows.isfinite().all() and (rows - expected).norm() / expected.norm() < 0.02
     ours = generate.generate(pair.engine, tokens, images, 24)["token_ids"]
     theirs = greedy(reference, 24, **inputs)
-    n = generate.common_prefix(ours, theirs)
+    n = next((i for i, (a, b) in enumerate(zip(ours, theirs)) if a != b), 24)
     if n < 24:
         prefix = reference_inputs(images, tokens + theirs[:n], pair.model.args.image_token_id)
         prefix["pixel_values"] = prefix["pixel_values"].bfloat16()

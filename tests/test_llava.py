@@ -64,7 +64,7 @@ def check(pair, paths, variety: int = 8) -> None:
 
     assert torch.equal(prompt.rope_pos, torch.arange(len(prompt))[:, None].expand(-1, 3))
     inputs |= {"input_ids": prompt.tokens[None], "vision_aspect_ratio": "anyres_max_9"}
-    pair.engine.reserve(len(prompt), 24)
+    pair.engine.reserve(prompt, 24)
     logits = pair.model.prefill(prompt)
     torch.testing.assert_close(logits, pair.reference(**inputs).logits[0, -1:], atol=1e-4, rtol=0)
     ours = generate.generate(pair.engine, tokens, images, 24)
@@ -98,8 +98,8 @@ def test_real_geometry(pair, pictures):
     check_pixels(pair, [image], inputs["pixel_values"])
     encoded = encode_image(pair.encoder, image, {}, alone=True)
     assert len(inputs["pixel_values"][0]) == 13
-    assert 729 * 8.5 < len(encoded.rows) - 729 < 729 * 9.3
-    torch.testing.assert_close(encoded.rows, reference_rows(pair, inputs), atol=1e-4, rtol=0)
+    assert 729 * 8.5 < len(encoded.features) - 729 < 729 * 9.3
+    torch.testing.assert_close(encoded.features, reference_rows(pair, inputs), atol=1e-4, rtol=0)
 
 
 def draw_to(pictures, width: int, height: int):
@@ -141,7 +141,7 @@ def test_newlines_of_an_image_among_others(pair):
 @torch.inference_mode()
 def test_rows_tell_gelus_and_eps_apart(pair, pictures):
     """The comparisons above would fail with another activation or eps, anywhere."""
-    fresh, _ = generate.load(pair("llava-hf").path, "cpu", torch.float32)
+    fresh, _ = generate.load(pair("llava-hf").path, device="cpu", dtype=torch.float32)
     encoder = fresh.encoder
     pixels, grid = encoder.preprocess(load_image(pictures["wide"]))
     rows = encoder(pixels, grid)
@@ -188,7 +188,7 @@ def test_bfloat16(tmp_path, pictures, make):
     folder, reference = make(tmp_path / "hub", tied=False, dtype=torch.bfloat16)
     convert(folder)
     pair = Pair(folder, reference)
-    pair.engine, _ = generate.load(pair.path, "cpu", torch.bfloat16)
+    pair.engine, _ = generate.load(pair.path, device="cpu", dtype=torch.bfloat16)
     image = pair.model.args.image_token_id
     equal = 0
     for kind in ("wide", "exif"):
@@ -196,9 +196,9 @@ def test_bfloat16(tmp_path, pictures, make):
         pair.engine.forget()
         ours = generate.generate(pair.engine, tokens, [load_image(pictures[kind])], 24)["token_ids"]
         (encoded,) = pair.engine.encoded.values()
-        assert encoded.rows.dtype == torch.bfloat16 and encoded.rows.isfinite().all()
+        assert encoded.features.dtype == torch.bfloat16 and encoded.features.isfinite().all()
         inputs = reference_inputs(pair, [reference_picture(pictures[kind])])
-        ids = torch.tensor([[image] * len(encoded.rows) + tokens[1:] + ours])
+        ids = torch.tensor([[image] * len(encoded.features) + tokens[1:] + ours])
         logits = pair.reference(**inputs, input_ids=ids, vision_aspect_ratio="anyres_max_9").logits[0]
         for token, row in zip(ours, logits[-len(ours) - 1 : -1].float()):
             assert row.max() - row[token] < NEAR_TIE

@@ -282,7 +282,7 @@ def asked(monkeypatch, tmp_path_factory) -> list[dict]:
     """The engine is one that answers from REPLIES; the requests that it got."""
     requests = []
 
-    def answer(engine, tokenizer, request, args, show, said):
+    def answer(engine, tokenizer, request, **options):
         requests.append(request)
         paths = [part["path"] for part in request["messages"][-1]["content"] if part["type"] == "image"]
         number = int(paths[0].split()[0].rpartition("_")[2])

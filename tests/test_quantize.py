@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import nn
 
+import checkpoint
 import cpu
 import generate
 import quantize
@@ -220,12 +221,12 @@ def logits_of(engine, tokenizer) -> torch.Tensor:
     """Of a prompt, and of tokens after it, one and several."""
     images = [draw(200, 150)] if engine.encoder else []
     parts = [{"type": "image"}] * len(images) + [{"type": "text", "text": "How many circles?"}]
-    prompt = engine.prompt(tokenizer.encode_chat([{"role": "user", "content": parts}]), images)
-    engine.reserve(len(prompt), 32, prompt.cross_mask.shape[1])
+    prompt = engine.build_prompt(tokenizer.encode_chat([{"role": "user", "content": parts}]), images)
+    engine.reserve(prompt, 32)
     logits = [engine.model.prefill(prompt)]
     for start, n in ((0, 1), (1, 6)):
         input_pos = torch.arange(len(prompt) + start, len(prompt) + start + n, device=engine.device)
-        logits.append(engine.step(prompt.tokens[:n], input_pos).clone())
+        logits.append(engine.model(prompt.tokens[:n], input_pos).clone())
     return torch.cat(logits).cpu()
 
 
@@ -234,8 +235,8 @@ def logits_of(engine, tokenizer) -> torch.Tensor:
 def test_model_equals_dequantized_model(pair, quantized, family, mode):
     """Quantized, saved, loaded and packed, against the original with rounded weights, in float32."""
     path = quantized(family, mode)
-    engine, tokenizer = generate.load(path, "cpu", torch.float32)
-    reference, _ = generate.load(pair(family).path, "cpu", torch.float32)
+    engine, tokenizer = generate.load(path, device="cpu", dtype=torch.float32)
+    reference, _ = generate.load(pair(family).path, device="cpu", dtype=torch.float32, optimize=False)
     names = quantize.linears(reference.model)
     assert {"output", "layers.0.attention.wqkv", "layers.2.feed_forward.w2"} <= set(names)
     for linear in names.values():
@@ -245,7 +246,7 @@ def test_model_equals_dequantized_model(pair, quantized, family, mode):
     found = logits_of(engine, tokenizer)
     assert relative(found, expected) < 1e-3
     assert relative(found, logits_of(pair(family).engine, tokenizer)) > 1e-3, "quantized weights are in use"
-    again, _ = generate.load(path, "cpu", torch.float32)
+    again, _ = generate.load(path, device="cpu", dtype=torch.float32)
     assert torch.equal(logits_of(again, tokenizer), found)
     assert torch.equal(engine.model.embedding.weight, pair(family).model.embedding.weight)
 
@@ -257,10 +258,10 @@ def test_compiled_equals_eager(quantized, mode, device, dtype):
     torch._dynamo.reset()
     logits = []
     for compiled in (False, True):
-        engine, tokenizer = generate.load(quantized("qwen2", mode), device, dtype)
+        engine, tokenizer = generate.load(quantized("qwen2", mode), device=device, dtype=dtype)
         if compiled:
-            generate.compile_step(engine)
-            generate.compile_prefill(engine)
+            generate.compile_steps(engine)
+            generate.compile_layers(engine)
         logits.append(logits_of(engine, tokenizer))
     assert relative(*logits) < (1e-4 if dtype == torch.float32 else 0.05)
 
@@ -276,31 +277,32 @@ def test_drafts(pair, quantized, target, draft, compiled):
         pytest.skip("three are enough for the slow ones")
     torch._dynamo.reset()
     paths = [quantized("qwen2.5-vl", mode) if mode else pair("qwen2.5-vl").path for mode in (target, draft)]
-    (engine, tokenizer), (drafter, _) = (generate.load(path, "cpu", torch.float32) for path in paths)
+    (engine, tokenizer), (drafter, _) = (generate.load(path, device="cpu", dtype=torch.float32) for path in paths)
     parts = [{"type": "image"}, {"type": "text", "text": "How many circles are there?"}]
     question = tokenizer.encode_chat([{"role": "user", "content": parts}]), [draw(200, 150)], 24
     expected = generate.generate(engine, *question)["token_ids"]
-    engine.draft = drafter
     for each in (engine, drafter):
         if compiled:
-            generate.compile_step(each)
+            generate.compile_steps(each)
     engine.forget()
-    result = generate.generate(engine, *question)
+    result = generate.generate(engine, *question, draft=generate.Draft(drafter))
     assert result["token_ids"] == expected
     assert result["mean_accepted"] > 0
 
 
 def test_bandwidth_counts_quantized_weights(pair, quantized):
     whole = generate.weight_bytes(pair("qwen2").model)
-    small = generate.weight_bytes(generate.load(quantized("qwen2", "int8"), "cpu", torch.bfloat16)[0].model)
+    small = generate.weight_bytes(
+        generate.load(quantized("qwen2", "int8"), device="cpu", dtype=torch.bfloat16)[0].model
+    )
     assert 0.25 * whole < small < 0.4 * whole
 
 
 def test_in_place_equals_the_file(pair, quantized):
     """What scripts/perplexity.py and scripts/benchmark.py measure is what is loaded."""
     for mode in MODES:
-        loaded, tokenizer = generate.load(quantized("qwen2", mode), "cpu", torch.float32)
-        engine, _ = generate.load(pair("qwen2").path, "cpu", torch.float32)
+        loaded, tokenizer = generate.load(quantized("qwen2", mode), device="cpu", dtype=torch.float32)
+        engine, _ = generate.load(pair("qwen2").path, device="cpu", dtype=torch.float32)
         quantize.quantize_in_place(engine.model, mode, 32, torch.float32)
         assert torch.equal(logits_of(engine, tokenizer), logits_of(loaded, tokenizer))
 
@@ -342,7 +344,7 @@ def test_memory(tmp_path):
     tensors = (
         (name, noise.repeat(shape.numel() // 2**20 + 1)[: shape.numel()].view(shape)) for name, shape in shapes.items()
     )
-    quantize.write_checkpoint(path, {name: (shape, torch.bfloat16) for name, shape in shapes.items()}, tensors)
+    checkpoint.write_checkpoint(path, {name: (shape, torch.bfloat16) for name, shape in shapes.items()}, tensors)
     (tmp_path / "params.json").write_text(json.dumps({"model": args}))
     code = (
         "import quantize, resource as r, sys; before = r.getrusage(r.RUSAGE_SELF).ru_maxrss;"
@@ -432,4 +434,4 @@ def test_damaged_quantized_checkpoint(quantized, tmp_path):
     for name in ("layers.0.attention.wo.weight", "layers.0.attention.wo.scale", "output.weight"):
         torch.save({key: t for key, t in state.items() if key != name}, folder / path.name)
         with pytest.raises(ValueError, match=name.removesuffix(".scale")):
-            generate.load(folder / path.name, "cpu", torch.float32)
+            generate.load(folder / path.name, device="cpu", dtype=torch.float32)

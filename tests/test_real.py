@@ -34,7 +34,7 @@ PROMPTS = [
 @torch.inference_mode()
 def test_greedy_answers_equal_transformers(capsys):
     """The reference reads our answer and must have said the same at every place, up to the first near-tie."""
-    engine, tokenizer = load(Path(FOLDER) / "model.pth", "cpu", torch.float32)
+    engine, tokenizer = load(Path(FOLDER) / "model.pth", dtype=torch.float32)
     reference = transformers.AutoModelForCausalLM.from_pretrained(FOLDER, dtype=torch.float32).eval()
     reference_tokenizer = transformers.AutoTokenizer.from_pretrained(FOLDER)
     compared, ties = 0, 0

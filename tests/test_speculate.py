@@ -11,11 +11,12 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 import generate
-from generate import Sampling, accept, draw
+from generate import Draft, Sampling, accept, draw
+from model import CachedTokens
 from scripts.convert_hf_checkpoint import convert
 from tests.helpers import hub
 from tests.helpers.pictures import draw as draw_picture
-from vision import Pruning, survivors
+from vision import Pruning, kept_indices
 
 TEXT_FAMILIES = ["qwen2.5-tied", "llama3.1"]
 VL_FAMILIES = ["qwen2.5-vl", "llava-hf", "llama-3.2-vision"]
@@ -25,15 +26,13 @@ PRUNINGS = [None, *(Pruning(method, ratio, 7) for method in ("random", "structur
 
 @pytest.fixture
 def with_draft(pair, monkeypatch):
-    """The engine of a family, drafted by another checkpoint ('itself' shares the weights, not the caches)."""
+    """The engine of a family and its draft, another checkpoint ('itself' shares the weights, not the caches)."""
 
     def get(family: str, draft: str, k: int = 5, pruning: Pruning | None = None):
         target = pair(family)
         name = family if draft == "itself" else draft
-        engine = generate.load(pair(name).path, "cpu", torch.float32)[0]
-        engine.pruning = pruning
-        monkeypatch.setattr(target.engine, "draft", engine)
-        monkeypatch.setattr(target.engine, "speculate_k", k)
+        engine = generate.load(pair(name).path, device="cpu", dtype=torch.float32)[0]
+        monkeypatch.setattr(target.engine, "draft", Draft(engine, pruning, k))
         return target
 
     return get
@@ -46,12 +45,15 @@ def ask(pair, text: str = "How many circles are there?") -> tuple[list[int], lis
     return pair.tokenizer.encode_chat([{"role": "user", "content": [{"type": "image"}] * len(images) + parts}]), images
 
 
+def with_its_draft(engine, *args, **more) -> dict:
+    """A request, answered with the draft that the engine was loaded with."""
+    return generate.generate(engine, *args, draft=engine.draft, **more)
+
+
 def without_draft(pair, *args) -> dict:
     """The same request, answered by the target alone."""
-    draft, pair.engine.draft = pair.engine.draft, None
     pair.engine.forget()
     result = generate.generate(pair.engine, *args)
-    pair.engine.draft = draft
     pair.engine.forget()
     return result
 
@@ -66,13 +68,13 @@ def test_greedy_with_a_draft_is_greedy_without(with_draft, family, draft):
     pair = with_draft(family, draft)
     question = ask(pair)
     expected = without_draft(pair, *question, 16, pair.tokenizer.stop_ids)
-    prunings = PRUNINGS if pair.encoder and pair.engine.draft.encoder else [None]
+    prunings = PRUNINGS if pair.encoder and pair.engine.draft.engine.encoder else [None]
     for pruning, k in itertools.product(prunings, (1, 2, 5, 8)):
-        pair.engine.draft.pruning, pair.engine.speculate_k = pruning, k
+        pair.engine.draft = Draft(pair.engine.draft.engine, pruning, k)
         pair.engine.forget()
-        result = generate.generate(pair.engine, *question, 16, pair.tokenizer.stop_ids)
+        result = with_its_draft(pair.engine, *question, 16, pair.tokenizer.stop_ids)
         assert result["token_ids"] == expected["token_ids"], (pruning, k)
-        assert pair.engine.held[-10:] == expected["token_ids"][-11:-1]
+        assert pair.engine.cached.keys[-10:] == expected["token_ids"][-11:-1]
         if draft == "itself" and pruning is None:
             steps, rest = divmod(15, k + 1)
             assert result["accept_counts"][k] >= steps and sum(result["accept_counts"]) == steps + (rest > 0)
@@ -86,18 +88,20 @@ TRAINED = [
 @pytest.mark.parametrize("path", TRAINED, ids=[path.parent.name for path in TRAINED])
 def test_greedy_with_a_trained_draft_is_greedy_without(path):
     """The pairs that ship: guesses are right here in runs of every length, and answers end within them."""
-    engine, tokenizer = generate.load(path, "cpu", torch.float32)
-    draft = generate.load(path.parent.with_name(f"{path.parent.name}-draft") / path.name, "cpu", torch.float32)[0]
+    engine, tokenizer = generate.load(path, device="cpu", dtype=torch.float32)
+    draft = generate.load(
+        path.parent.with_name(f"{path.parent.name}-draft") / path.name, device="cpu", dtype=torch.float32
+    )[0]
     content = [{"type": "image"}, {"type": "text", "text": "Describe the image."}]
     question = tokenizer.encode_chat([{"role": "user", "content": content}])
     images = [Image.open(generate.DEFAULT_IMAGE.with_name("four-shapes.png"))]
     expected = generate.generate(engine, question, images, 48, tokenizer.stop_ids)["token_ids"]
     assert expected[-1] in tokenizer.stop_ids
-    engine.draft, runs = draft, set()
+    runs = set()
     for pruning, k in itertools.product(PRUNINGS, (1, 2, 5, 8)):
-        draft.pruning, engine.speculate_k = pruning, k
+        engine.draft = Draft(draft, pruning, k)
         engine.forget()
-        result = generate.generate(engine, question, images, 48, tokenizer.stop_ids)
+        result = with_its_draft(engine, question, images, 48, tokenizer.stop_ids)
         assert result["token_ids"] == expected, (pruning, k)
         runs |= {n for n, count in enumerate(result["accept_counts"]) if count}
     assert len(runs) > 5, "of the nine lengths that a run of accepted guesses can have"
@@ -109,7 +113,7 @@ def test_a_draft_equal_to_the_target_accepts_everything(with_draft, family):
     pair = with_draft(family, "itself", k=4)
     for sampling in (Sampling(), Sampling(temperature=0.8)):
         pair.engine.forget()
-        result = generate.generate(pair.engine, *ask(pair), 21, frozenset(), sampling)
+        result = with_its_draft(pair.engine, *ask(pair), 21, frozenset(), sampling)
         assert result["accept_counts"] == [0, 0, 0, 0, 4], sampling
         assert len(result["token_ids"]) == 21
 
@@ -118,13 +122,13 @@ def test_a_draft_equal_to_the_target_accepts_everything(with_draft, family):
 def test_length_is_exact(with_draft, n_new):
     """A step that guesses past the end gives only what was asked for, and counts no more guesses than it gives."""
     pair = with_draft("qwen2", "itself", k=4)
-    result = generate.generate(pair.engine, *ask(pair), n_new)
+    result = with_its_draft(pair.engine, *ask(pair), n_new)
     steps, rest = divmod(n_new - 1, 5)
     expected = [0, 0, 0, 0, steps]
     expected[rest] += rest > 0
     assert len(result["token_ids"]) == n_new and result["finish_reason"] == "length"
     assert result["accept_counts"] == expected
-    assert len(pair.engine.held) == len(result["prompt_token_ids"]) + n_new - 1
+    assert len(pair.engine.cached.keys) == len(result["prompt_token_ids"]) + n_new - 1
 
 
 @pytest.mark.parametrize("draft", ["itself", "qwen2:other"])
@@ -135,10 +139,10 @@ def test_stop_token_anywhere_in_an_accepted_run(with_draft, place, draft):
     tokens, images = ask(pair)
     free = without_draft(pair, tokens, images, 24)["token_ids"]
     end = free.index(free[place])  # the first place where this token stands
-    result = generate.generate(pair.engine, tokens, images, 24, {free[place]})
+    result = with_its_draft(pair.engine, tokens, images, 24, {free[place]})
     assert result["token_ids"] == free[: end + 1] and result["finish_reason"] == "stop"
-    assert pair.engine.held == tokens + free[:end]
-    held = pair.engine.draft.held
+    assert pair.engine.cached.keys == tokens + free[:end]
+    held = pair.engine.draft.engine.cached.keys
     assert held == (tokens + free)[: len(held)] and len(held) <= len(tokens) + end
     guessed = sum(n * count for n, count in enumerate(result["accept_counts"]))
     assert guessed <= end
@@ -154,13 +158,13 @@ def test_conversation(with_draft, family, draft, pruning):
     messages = [{"role": "user", "content": content}]
     for turn in range(3):
         tokens = pair.tokenizer.encode_chat(messages)
-        result = generate.generate(pair.engine, tokens, images, 12, pair.tokenizer.stop_ids)
-        kept = pair.engine.held, pair.engine.draft.held
+        result = with_its_draft(pair.engine, tokens, images, 12, pair.tokenizer.stop_ids)
+        kept = list(pair.engine.cached.keys), list(pair.engine.draft.engine.cached.keys)
         expected = without_draft(pair, tokens, images, 12, pair.tokenizer.stop_ids)
         assert result["token_ids"] == expected["token_ids"], turn
-        pair.engine.held, pair.engine.draft.held = [], []  # the comparison has overwritten the caches
-        generate.generate(pair.engine, tokens, images, 12, pair.tokenizer.stop_ids)
-        assert (pair.engine.held, pair.engine.draft.held) == kept
+        pair.engine.forget()  # the comparison has overwritten the caches
+        with_its_draft(pair.engine, tokens, images, 12, pair.tokenizer.stop_ids)
+        assert (pair.engine.cached.keys, pair.engine.draft.engine.cached.keys) == kept
         said = [token for token in result["token_ids"] if token not in pair.tokenizer.stop_ids]
         reply = {"role": "assistant", "content": [{"type": "tokens", "ids": said}]}
         messages += [reply, {"role": "user", "content": "And then?"}]
@@ -173,11 +177,11 @@ def test_caches_do_not_overflow(with_draft, target_slots, draft_slots):
     tokens, images = ask(pair)
     assert len(tokens) < 70
     free = without_draft(pair, tokens, images, 60)["token_ids"]
-    for engine, slots in ((pair.engine, target_slots), (pair.engine.draft, draft_slots)):
+    for engine, slots in ((pair.engine, target_slots), (pair.engine.draft.engine, draft_slots)):
         engine.max_cache_size = slots
         engine.model.setup_caches(slots or 512)
-        engine.held = []
-    result = generate.generate(pair.engine, tokens, images, 60)
+        engine.cached.fill([])
+    result = with_its_draft(pair.engine, tokens, images, 60)
     pair.engine.max_cache_size = None
     assert len(result["token_ids"]) == min(60, (target_slots or 1000) - len(tokens) + 1)
     assert result["token_ids"] == free[: len(result["token_ids"])]
@@ -189,43 +193,43 @@ def test_seed_makes_a_sampled_run_repeatable(with_draft):
     for seed in (1, 1, 2):
         torch.manual_seed(seed)
         pair.engine.forget()
-        texts.append(generate.generate(pair.engine, *ask(pair), 24, frozenset(), Sampling(1.0, 50))["token_ids"])
+        texts.append(with_its_draft(pair.engine, *ask(pair), 24, frozenset(), Sampling(1.0, 50))["token_ids"])
     assert texts[0] == texts[1] != texts[2]
 
 
 def test_pruning_reaches_the_draft_only(with_draft):
     pair = with_draft("qwen2.5-vl", "qwen2.5-vl:other", 4, Pruning("structured", 0.75))
-    result = generate.generate(pair.engine, *ask(pair), 8)
+    result = with_its_draft(pair.engine, *ask(pair), 8)
     n = result["n_visual_tokens"]
     assert result["draft_n_visual_tokens"] == n - round(n * 0.75)
-    full = pair.engine.prompt(*ask(pair))
-    pruned = pair.engine.draft.prompt(*ask(pair))
+    full = pair.engine.build_prompt(*ask(pair))
+    pruned = pair.engine.draft.translate(*ask(pair), pair.model.args.image_token_id)
     assert len(pruned) == len(full) - round(n * 0.75) and pruned.next_pos == full.next_pos
     image = pair.model.args.image_token_id
     text = full.rope_pos[full.tokens != image]
     assert torch.equal(text, pruned.rope_pos[pruned.tokens != image]), "text stays where it was"
-    kept = survivors(n, Pruning("structured", 0.75))
+    kept = kept_indices(n, Pruning("structured", 0.75))
     assert torch.equal(full.rope_pos[full.image_mask][kept], pruned.rope_pos[pruned.image_mask])
 
 
-def test_survivors_count_and_spacing():
+def test_kept_indices_count_and_spacing():
     """SPEC: of N tokens max(1, N - round(N * r)) are kept, whatever the method."""
     ratios = [round(0.05 * i, 2) for i in range(20)]
     for n, ratio in itertools.product((*range(1, 200), *range(200, 3001, 7), 3000), ratios):
         expected = max(1, n - round(n * ratio))
-        kept = survivors(n, Pruning("structured", ratio))
+        kept = kept_indices(n, Pruning("structured", ratio))
         assert len(kept) == expected and 0 <= kept[0] and kept[-1] < n
         gaps = kept.diff()
         assert len(gaps) == 0 or (gaps.min() >= 1 and gaps.max() - gaps.min() <= 1), "evenly spaced"
         if n % 50 == 0:
-            random = survivors(n, Pruning("random", ratio, 3))
+            random = kept_indices(n, Pruning("random", ratio, 3))
             assert len(random) == expected and torch.equal(random, random.unique())
-            assert torch.equal(random, survivors(n, Pruning("random", ratio, 3)))
-    assert not torch.equal(survivors(100, Pruning("random", 0.5, 3)), survivors(100, Pruning("random", 0.5, 4)))
-    assert torch.equal(survivors(100, None), torch.arange(100))
+            assert torch.equal(random, kept_indices(n, Pruning("random", ratio, 3)))
+    assert not torch.equal(kept_indices(100, Pruning("random", 0.5, 3)), kept_indices(100, Pruning("random", 0.5, 4)))
+    assert torch.equal(kept_indices(100, None), torch.arange(100))
     ends = range(9, 100, 10)
     for method in ("structured", "random"):
-        kept = survivors(100, Pruning(method, 0.8), 0, ends)
+        kept = kept_indices(100, Pruning(method, 0.8), 0, ends)
         assert set(ends) < set(kept.tolist()) and len(kept) == len(ends) + 90 - round(90 * 0.8)
         assert torch.equal(kept, kept.unique())
 
@@ -307,21 +311,21 @@ def test_whole_step_samples_the_target(monkeypatch):
         def __init__(self, table, rows):
             self.args = type("Args", (), {"n_tokens": rows})()
             self.table, self.norm = F.pad(table[:, :rows], (0, 3), value=9.0), torch.nn.LayerNorm(1)
-            self.n_slots = 4
+            self.cached = CachedTokens(4)
 
         def __call__(self, tokens, input_pos, n_slots):
             return self.table[tokens]
 
     def engine(table, rows):
-        chain = Chain(table, rows)
-        return generate.Engine(chain, None, chain)
+        return generate.Engine(Chain(table, rows))
 
     target, draft = engine(p.log(), VOCABULARY), engine(drafts["near"].log(), VOCABULARY - 1)
-    target.draft, counts = draft, torch.zeros(VOCABULARY)
+    counts = torch.zeros(VOCABULARY)
     torch.manual_seed(0)
     for _ in range(3000):
-        new, _ = generate.speculate(target, [0], 2, Sampling(1.0), [])
-        counts[new[0]] += 1
+        counts[generate.speculate(target, draft, [0], 2, Sampling(1.0)).ids[0]] += 1
+        target.cached.commit([0])
+        draft.cached.commit([0])
     assert chi_square_p(counts, p[0] * 3000) > 0.01
 
 
@@ -373,10 +377,10 @@ def test_draft_on_a_device_of_its_own(with_draft, family, sampling):
     def answer() -> dict:
         pair.engine.forget()
         torch.manual_seed(5)
-        return generate.generate(pair.engine, *question, 16, pair.tokenizer.stop_ids, sampling)
+        return with_its_draft(pair.engine, *question, 16, pair.tokenizer.stop_ids, sampling)
 
     expected = answer()
-    draft, stand_in = pair.engine.draft, StandInDevice()
+    draft, stand_in = pair.engine.draft.engine, StandInDevice()
     for tensor in itertools.chain(
         *(module.state_dict(keep_vars=True).values() for module in (draft.model, draft.encoder)),
         *(module.buffers() for module in (draft.model, draft.encoder)),

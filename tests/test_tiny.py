@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from generate import DEFAULT_CHECKPOINT, DEFAULT_DRAFT, DEFAULT_IMAGE, generate, load
+from cli import DEFAULT_CHECKPOINT, DEFAULT_DRAFT
+from generate import DEFAULT_IMAGE, generate, load
 from quantize import quantize_in_place
 from scripts.tasks.scenes import held_out_questions
 
@@ -33,7 +34,7 @@ def ask(engine, tokenizer, text: str, image) -> str:
 @pytest.mark.parametrize("path, least", [(DEFAULT_CHECKPOINT, 0.9), (DEFAULT_DRAFT, 0.5)], ids=["target", "draft"])
 def test_held_out_questions(path, least, capsys):
     """Exact match on scenes that no training has seen, in the default dtype."""
-    engine, tokenizer = load(path, "cpu", torch.bfloat16)
+    engine, tokenizer = load(path)
     questions = list(held_out_questions(N_QUESTIONS))
     right = sum(ask(engine, tokenizer, q.prompt, scene.image) == q.reply for scene, q in questions)
     with capsys.disabled():
@@ -44,7 +45,7 @@ def test_held_out_questions(path, least, capsys):
 @pytest.mark.parametrize("name, least", OTHERS.items())
 def test_other_families(name, least):
     """Fewer questions: these pairs are here to be measured with, and each has its training.json."""
-    engine, tokenizer = load(ROOT / "checkpoints" / name / "model.pth", "cpu", torch.bfloat16)
+    engine, tokenizer = load(ROOT / "checkpoints" / name / "model.pth")
     questions = list(held_out_questions(100))
     right = sum(ask(engine, tokenizer, q.prompt, scene.image) == q.reply for scene, q in questions)
     assert right >= least
@@ -57,7 +58,7 @@ def count_right():
 
     def count(path: Path, mode: str | None, group: int = 128) -> int:
         if (path, mode, group) not in known:
-            engine, tokenizer = load(path, "cpu", torch.bfloat16)
+            engine, tokenizer = load(path, optimize=mode is None)
             if mode:
                 quantize_in_place(engine.model, mode, group, torch.bfloat16)
             questions = held_out_questions(N_QUESTIONS)

@@ -128,7 +128,7 @@ def in_threads(monkeypatch, path: Path, n: int, image: Path | None = None, greed
 
 @torch.inference_mode()
 def alone(path: Path, image: Path | None = None) -> dict:
-    engine, tokenizer = generate.load(path, "cpu", torch.float32)
+    engine, tokenizer = generate.load(path, device="cpu", dtype=torch.float32)
     tokens, images = rank.encode(tokenizer, image)
     result = generate.generate(engine, tokens, images, 12)
     assert len(set(result["token_ids"])) > 4, "the text must vary, or equality says little"
@@ -196,7 +196,7 @@ def test_every_head_and_width_is_dealt_once(name):
                 queries = layers["attention.wq"][1]
                 assert len(queries) == small.n_head and small.n_head % small.n_kv_head == 0
                 assert small.n_head - len([head for head in queries if head >= 0]) <= group
-                assert small.vocab_size + small.n_unspoken == args.vocab_size + args.n_unspoken
+                assert small.vocab_size + small.n_input_only == args.vocab_size + args.n_input_only
             if n <= 8 and n_groups > 1:
                 assert all(small.intermediate_size % (width // n_groups) == 0 for small, *_ in plans)
 

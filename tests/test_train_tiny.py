@@ -22,7 +22,7 @@ def test_from_random_weights_to_an_answer(name, tmp_path):
     train_tiny.check_forward(family, model, tokenizer)
     family.save(model, tokenizer, tmp_path)
     convert(tmp_path)
-    engine, ours = generate.load(tmp_path / "model.pth", "cpu", torch.float32)
+    engine, ours = generate.load(tmp_path / "model.pth", device="cpu", dtype=torch.float32)
     reference = family.load(tmp_path).float()
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
     processor = family.processor_class.from_pretrained(tmp_path)

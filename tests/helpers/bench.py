@@ -8,7 +8,10 @@ from types import SimpleNamespace
 import torch
 from PIL import Image
 
+import cli
 import evaluate
+from generate import Draft
+from tp import OneProcess
 from vision import Pruning
 
 SUBJECTS = ["Accounting", "Art_Theory", "Math"]  # of Business, Art and Design, Science
@@ -112,11 +115,10 @@ CONVERSATIONS = [
 
 def stub_engine(draft: bool = False) -> SimpleNamespace:
     """What evaluate.py sees of an engine."""
-    engine = SimpleNamespace(model=torch.nn.Linear(8, 8, bias=False), encoder=True, draft=None, speculate_k=2)
+    engine = SimpleNamespace(model=torch.nn.Linear(8, 8, bias=False), encoder=True, draft=None, ranks=OneProcess())
     engine.forget = lambda: None
     if draft:
-        engine.draft = stub_engine()
-        engine.draft.pruning = Pruning("structured", 0.0)
+        engine.draft = Draft(stub_engine(), Pruning("structured", 0.0), speculate_k=2)
     return engine
 
 
@@ -139,10 +141,11 @@ def install_stub(monkeypatch, folder: Path, answer, draft: bool = False) -> None
     for name in ("model.pth", "params.json", "tokenizer.model"):
         (folder / name).write_bytes(b"")
 
-    def load(args, ranks=None):
-        args.checkpoint_path = folder / "model.pth"
+    def load(path, **options):
         return stub_engine(draft), SimpleNamespace(chat=True, stop_ids=frozenset())
 
     monkeypatch.setattr(evaluate, "measure_bandwidth", lambda device: 10.0)
-    monkeypatch.setattr(evaluate, "load_engine", load)
+    monkeypatch.setattr(cli, "DEFAULT_CHECKPOINT", folder / "model.pth")
+    monkeypatch.setattr(cli, "DEFAULT_DRAFT", None)
+    monkeypatch.setattr(evaluate, "load", load)
     monkeypatch.setattr(evaluate, "answer", answer)

@@ -36,5 +36,5 @@ class Pair:
     def __init__(self, folder: Path, reference: torch.nn.Module):
         self.folder, self.reference = folder, reference
         self.path = folder / "model.pth"
-        self.engine, self.tokenizer = generate.load(self.path, "cpu", torch.float32)
+        self.engine, self.tokenizer = generate.load(self.path, device="cpu", dtype=torch.float32)
         self.model, self.encoder = self.engine.model, self.engine.encoder

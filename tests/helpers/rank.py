@@ -45,8 +45,8 @@ def logits(engine, tokens: list[int], images: list) -> torch.Tensor:
     """[1 + N_FORCED, n_tokens], computed whole on every rank."""
     if isinstance(engine.model.output, tp.Gathered):
         engine.model.output.greedy = False
-    engine.held, n = [], engine.model.args.n_tokens
-    prompt = engine.prompt(tokens, images)
+    engine.cached.keys, n = [], engine.model.args.n_tokens
+    prompt = engine.build_prompt(tokens, images)
     first = engine.prefill(prompt)[:, :n]
     input_pos = torch.arange(len(prompt), len(prompt) + N_FORCED)
     return torch.cat((first, engine.model(torch.tensor(tokens[-N_FORCED:]), input_pos)[:, :n])).float()
