@@ -1,4 +1,4 @@
-"""What is fetched of a hub repository, and what prepare.sh runs. No network: the hub is played by the test."""
+"""Which files of a repository are downloaded, and what prepare.sh runs. No network: the test replaces Hugging Face."""
 
 import os
 import subprocess

@@ -151,8 +151,8 @@ def test_interactive(run, pair, pictures, monkeypatch):
         pair.engine.forget()
         ids = generate.generate(pair.engine, tokens, images, 8, pair.tokenizer.stop_ids)["token_ids"]
         expected.append(pair.tokenizer.decode(ids))
-        said = [token for token in ids if token not in pair.tokenizer.stop_ids]
-        messages.append({"role": "assistant", "content": [{"type": "tokens", "ids": said}]})
+        reply = [token for token in ids if token not in pair.tokenizer.stop_ids]
+        messages.append({"role": "assistant", "content": [{"type": "tokens", "ids": reply}]})
         messages.append({"role": "user", "content": question})
     expected.append(json.loads(run("--prompt", "What?", "--json")[1])["text"])
     assert status == 0 and out == "".join(text + "\n" for text in expected)
@@ -167,7 +167,7 @@ def test_interactive_survives_mistakes(run, monkeypatch):
 
 
 def test_interrupt_stops_the_answer_and_not_the_program(run, monkeypatch):
-    """Ctrl-C in the middle of an answer: what was said stays in the conversation, which goes on."""
+    """Ctrl-C in the middle of an answer: the generated tokens stay in the conversation, which continues."""
     decode, calls = generate.decode, []
 
     def interrupted(*args):
@@ -342,7 +342,7 @@ def test_damaged_checkpoint(run, broken_copy, damage, monkeypatch):
 
 
 def test_program_is_a_program(pair):
-    """In a process of its own: streams apart, the text comes piece by piece, and Ctrl-C ends it with 130."""
+    """In a process of its own: streams apart, the text is streamed piece by piece, and Ctrl-C ends it with 130."""
     command = [sys.executable, str(ROOT / "generate.py"), "--checkpoint_path", str(pair("qwen2").path)]
     done = subprocess.run([*command, "--prompt", "Hi", "--max_new_tokens", "5"], capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.endswith("\n") and "tokens/s" in done.stderr

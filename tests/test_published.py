@@ -1,4 +1,4 @@
-"""The table of models: each row against the hub's config.json, and shape by shape against transformers."""
+"""The table of models: each row against the published config.json, and shape by shape against transformers."""
 
 import json
 import re
@@ -14,7 +14,7 @@ from scripts.convert_hf_checkpoint import ARCHITECTURES, always_unused, build_te
 from scripts.published_models import MODELS, named
 from tests.helpers.published import CONFIGS, LIKE, PARAMETERS, PREPROCESSOR
 
-HUB_NAMES = {  # what new transformers calls a tensor -> what the hub's files call it
+HUB_NAMES = {  # a tensor's name in new transformers -> its name in the published files
     "Qwen2_5_VLForConditionalGeneration": {"model.visual.": "visual.", "model.language_model.": "model."},
     "LlavaOnevisionForConditionalGeneration": {
         "model.image_newline": "image_newline",
@@ -39,7 +39,7 @@ DECODERS = {"Mllama": "LlamaForCausalLM", "Llava": "Qwen2ForCausalLM"}
 
 
 def published(name: str) -> dict:
-    """config.json of a row; of its decoder alone, while the converter does not know the whole."""
+    """config.json of a row; of its decoder alone, while the converter does not support the whole."""
     config = CONFIGS[name]
     architecture = config["architectures"][0]
     if architecture in ARCHITECTURES:
@@ -55,7 +55,7 @@ def is_whole(name: str) -> bool:
 
 @cache
 def hub_tensors(name: str) -> dict[str, torch.Tensor]:
-    """Tensors without memory of the model that transformers makes of config.json, under the hub's names."""
+    """Meta tensors of the model that transformers builds of config.json, under the names of the published files."""
     config = published(name)
     architecture = config["architectures"][0]
     config = dict(LIKE[name] if is_whole(name) and name in LIKE else config)
@@ -69,7 +69,7 @@ def hub_tensors(name: str) -> dict[str, torch.Tensor]:
 
 @cache
 def plan_of(name: str, folder):
-    """What the converter makes of a row's folder, whose files hold the tensors of hub_tensors."""
+    """The converter's result for a row's folder, whose files hold the tensors of hub_tensors."""
     config = published(name)
     architecture = config["architectures"][0]
     (folder / "preprocessor_config.json").write_text(json.dumps(PREPROCESSOR.get(architecture, {})))
@@ -105,7 +105,7 @@ def test_row_is_what_the_converter_makes_of_config_json(name, folder):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_shapes_and_their_number_equal_those_of_transformers(name, folder):
-    """Every tensor of the hub's is used once; put together (q, k and v; gate and up) they have our module's shapes."""
+    """Every published tensor is used once; combined (q, k and v; gate and up) they have our module's shapes."""
     args, plan, shapes, unused = plan_of(name, folder)
     hub = hub_tensors(name)
     assert plan.keys() == shapes.keys()

@@ -1,4 +1,4 @@
-"""Tiny random checkpoints in the hub's layouts, made with transformers, which is also the reference to compare with."""
+"""Tiny random checkpoints in Hugging Face layouts, made with transformers, whose models are the reference too."""
 
 import copy
 import io
@@ -21,7 +21,7 @@ DEFAULT_SYSTEM = (
     "{% endif %}"
 )
 GENERATION = "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-QWEN_TEMPLATE = (  # as far as text goes, what Qwen2's own says
+QWEN_TEMPLATE = (  # equivalent to Qwen2's own, for text
     "{% for message in messages %}" + DEFAULT_SYSTEM + "{{'<|im_start|>' + message['role'] + '\n' + message['content']"
     " + '<|im_end|>' + '\n'}}" + GENERATION
 )
@@ -55,13 +55,13 @@ LLAVA_TEMPLATE = (  # llava-hf's own
     "{% generation %}{{ content['text'] }}{% endgeneration %}{% endfor %}{% endif %}{{'<|im_end|>' + '\n'}}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-LLAMA_VISION_TEMPLATE = (  # the parts by which Llama-3.2-Vision's own is recognized
+LLAMA_VISION_TEMPLATE = (  # the pieces by which the converter recognizes Llama-3.2-Vision's own
     "{{- bos_token }}{%- if not has_images %}{{- 'Cutting Knowledge Date: December 2023\n' }}{%- endif %}"
     "{%- for message in messages %}{{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' }}"
     "{%- for content in message['content'] %}{%- if content['type'] == 'image' %}{{- '<|image|>' }}"
     "{%- else %}{{- content['text'] }}{%- endif %}{%- endfor %}{{- '<|eot_id|>' }}{%- endfor %}"
 )
-PADDING = 10  # rows of the vocabulary beyond the tokenizer
+PADDING = 10  # vocabulary entries beyond the tokenizer's tokens
 SENTENCE = (
     "The quick brown fox asks how many circles there are: 12 or 7? Three, says the lazy dog, and it doesn't lie. "
 )
@@ -121,7 +121,7 @@ def randomize(model: torch.nn.Module, seed: int = 0, padding: int = PADDING) -> 
             noise = torch.randn(p.shape, generator=generator)
             if "norm" in name or "ln_q" in name or "layernorm" in name:
                 p.copy_(1 + 0.2 * noise)
-            elif p.numel() == 1:  # a gate: zero would hide whatever is behind it
+            elif p.numel() == 1:  # a gate: zero would hide the layer behind it
                 p.copy_(0.6 + 0.1 * noise)
             elif "positional_embedding" in name or "class_embedding" in name:
                 p.copy_(0.4 * noise)
@@ -132,7 +132,7 @@ def randomize(model: torch.nn.Module, seed: int = 0, padding: int = PADDING) -> 
             else:
                 p.copy_(noise * 1.6 / p[0].numel() ** 0.5)
             if "embed_tokens" in name or "lm_head" in name:
-                p[len(p) - padding :] = 0  # rows that no tokenizer names: transformers could pick them, we never do
+                p[len(p) - padding :] = 0  # entries without a token: transformers could sample them, we never do
 
 
 def save_hub(folder: Path, state: dict, config: dict, tokenizer: Tokenizer, template: str, stop: list[int]) -> Path:
@@ -146,7 +146,7 @@ def save_hub(folder: Path, state: dict, config: dict, tokenizer: Tokenizer, temp
 
 
 def make_qwen_text(folder: Path, tied: bool, seed: int = 0, dtype: torch.dtype = torch.float32, text: str = SENTENCE):
-    """Qwen2 / Qwen2.5: the two differ in nothing but numbers."""
+    """Qwen2 / Qwen2.5: the two differ only in numbers."""
     tokenizer = make_tokenizer(QWEN_SPECIALS, text)
     config = {
         "hidden_size": 64,
@@ -277,7 +277,7 @@ def make_llama2(folder: Path, layout: str = "sharded.bin", seed: int = 0):
 def make_llama_model(vocab_size: int, config: dict, seed: int):
     """The model, the tensors of its files and its config.json."""
     config = LLAMA | config | {"vocab_size": vocab_size}
-    # transformers writes into the dict of rope_scaling
+    # transformers modifies the dict of rope_scaling
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**copy.deepcopy(config))).eval()
     randomize(model, seed)
     state = model.state_dict()
@@ -287,7 +287,7 @@ def make_llama_model(vocab_size: int, config: dict, seed: int):
 
 
 def store(folder: Path, layout: str) -> None:
-    """Put the weights of model.safetensors into another of the hub's layouts: single or sharded, safetensors or bin."""
+    """Store the weights of model.safetensors in another layout: single file or sharded, safetensors or bin."""
     state = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
     shards, kind = layout.split(".")
@@ -305,7 +305,7 @@ def store(folder: Path, layout: str) -> None:
 
 
 def llava_model(tokenizer: Tokenizer, n_layer: int, layer: int, tied: bool, tile: int, tall: int, wide: int, seed: int):
-    """A Llava-OneVision with a SigLIP of n_layer layers, of which `layer` gives the rows; tall x wide tiles at most."""
+    """A Llava-OneVision: a SigLIP of n_layer layers, image features from `layer`, at most tall x wide tiles."""
     text = {
         "model_type": "qwen2",
         "hidden_size": 64,
@@ -348,18 +348,18 @@ def llava_model(tokenizer: Tokenizer, n_layer: int, layer: int, tied: bool, tile
 
 
 def llava_names(model: torch.nn.Module, names: dict[str, str]) -> dict:
-    """The state dict with the hub's names; without a name for the output layer it is left out."""
+    """The state dict under the names of Hugging Face checkpoints; the output layer is dropped if it has no name."""
     state = {}
     for name, tensor in model.state_dict().items():
         ours = next(part for part in names if name.startswith(part))
         if names[ours] is not None:
-            # Older versions of transformers have the level vision_model, as the hub's files do.
+            # Older versions of transformers have the level vision_model, as published files do.
             state[names[ours] + name.removeprefix(ours).removeprefix("vision_model.")] = tensor.clone()
     return state
 
 
 def make_llava_hf(folder: Path, tied: bool, tile=60, tall=4, wide=6, seed: int = 0, dtype=torch.float32):
-    """llava-hf's layout. Tied: a tower of three layers; else four, the rows before the last, with a pooling head."""
+    """llava-hf's layout. Tied: a tower of three layers; else four, features of the last but one, and a pooling head."""
     tokenizer = make_tokenizer([*QWEN_SPECIALS[:3], "<image>", "<video>"])
     layers = (3, -1) if tied else (4, -2)
     model, config = llava_model(tokenizer, *layers, tied, tile, tall, wide, seed)
@@ -417,13 +417,13 @@ def make_llava_lmms(folder: Path, tied: bool, tile=60, tall=4, wide=6, seed: int
         "use_sliding_window": False,
     }
     if tied:
-        del config["tie_word_embeddings"]  # then the missing output layer tells
+        del config["tie_word_embeddings"]  # then the missing output layer means tied
     stop = [tokenizer.token_to_id("<|im_end|>"), tokenizer.token_to_id("<|endoftext|>")]
     return save_hub(folder, llava_names(model, names), config, tokenizer, QWEN_TEMPLATE, stop), model
 
 
 def make_llama_vision(folder: Path, seed: int = 0, dtype: torch.dtype = torch.float32):
-    """Llama-3.2-Vision with tiles of 4 x 4 patches. The image token is the first id that can only be read."""
+    """Llama-3.2-Vision with tiles of 4 x 4 patches. The image token is the first input-only id."""
     names = [name for name in LLAMA3_SPECIALS if name != "<|eom_id|>"] + ["<|image|>"]
     tokenizer = make_llama3_tokenizer(names)
     special = {name: tokenizer.token_to_id(name) for name in names}
@@ -461,14 +461,14 @@ def make_llama_vision(folder: Path, seed: int = 0, dtype: torch.dtype = torch.fl
         "vision_output_dim": 32 * 4,
         "intermediate_layers_indices": [1, 2, 4],
     }
-    # These say whose input is kept; this transformers takes them for the blocks whose output is kept.
+    # These name blocks whose input is kept; this transformers takes them for blocks whose output is kept.
     shifted = vision | {"intermediate_layers_indices": [i - 1 for i in vision["intermediate_layers_indices"]]}
     nested = text | {"rope_parameters": rope | {"rope_theta": 500000.0}}
     ids = {"image_token_index": special["<|image|>"]}
     config = transformers.MllamaConfig(text_config=nested, vision_config=shifted, **ids)
     model = transformers.MllamaForConditionalGeneration(config).eval()
     randomize(model, seed, padding=0)
-    with torch.no_grad():  # an image should change the text, not drown it: greedy text has to vary
+    with torch.no_grad():  # an image should change the text, not dominate it: greedy text has to vary
         model.model.language_model.embed_tokens.weight *= 5
         model.model.multi_modal_projector.weight *= 0.2
     model = model.to(dtype)

@@ -19,7 +19,7 @@ def draw(width: int, height: int, seed: int = 0) -> Image.Image:
 
 
 def reference_picture(path) -> Image.Image:
-    """As transformers sees the file: its load_image turns the picture upright, its processor makes it RGB."""
+    """The image as transformers loads it: load_image applies the EXIF orientation, the processor converts to RGB."""
     image = ImageOps.exif_transpose(Image.open(path))
     if image.mode == "RGBA" and transformers.__version__ < "5.23":
         pytest.skip("this transformers drops alpha; the current one composites onto white, as we do")

@@ -1,14 +1,14 @@
-"""What the hub's config.json files say of every row of MODELS: the keys that describe the architecture.
+"""The published config.json of every row of MODELS: the keys that describe the architecture.
 
 Written down apart from that table, so that the two can be compared. Where from:
-- the hub's own pages of config.json: AMD-Llama-135m, Qwen2-72B and -Instruct, Qwen2.5-32B, Qwen2.5-VL-7B and 72B (of
-  the AWQ conversions; 72B's feed-forward layers are padded to 29696 there);
+- the models' own config.json on Hugging Face: AMD-Llama-135m, Qwen2-72B and -Instruct, Qwen2.5-32B, Qwen2.5-VL-7B and
+  72B (of the AWQ conversions; 72B's feed-forward layers are padded to 29696 there);
 - copies, and fine-tunes that name their origin: Llama-2, Llama-3.1-8B, Llama-3.2-1B and 3B, the other Qwen2 and Qwen2.5
   sizes, base and Instruct, Qwen2.5-VL-3B, llava-onevision-qwen2-7b-si, Llama-3.2-11B- and 90B-Vision; litgpt's table
   for Qwen2.5's base models, and its issue 1942 for Llama-3.1-405B's 8 key/value heads;
-- the number of parameters that the hub shows of a repository (PARAMETERS), which no wrong width or depth would give.
+- the number of parameters that Hugging Face shows for a repository (PARAMETERS): no wrong width or depth gives it.
 Seen nowhere: the vocabulary of llava-hf's 7B and 72B (their conversion script pads 152064 + 2 to a multiple of 64), and
-lmms-lab's 0.5b-si and 72b-si, which are taken to be Qwen2-0.5B- and 72B-Instruct as their cards say.
+lmms-lab's 0.5b-si and 72b-si, which are assumed to be Qwen2-0.5B- and 72B-Instruct, as their model cards say.
 """
 
 LLAMA = {
@@ -49,7 +49,7 @@ def sizes(width: int, layers: int, heads: int, kv_heads: int, hidden: int) -> di
 
 
 def qwen(size: str, context: int = 32768, eps: float = 1e-06) -> dict:
-    """Qwen2 and Qwen2.5 of the same size differ in the context alone, base and Instruct sometimes in the norms too."""
+    """Qwen2 and Qwen2.5 of a size differ only in the context length, base and Instruct sometimes in the norms too."""
     numbers = {
         "0.5B": sizes(896, 24, 14, 2, 4864) | {"vocab_size": 151936, "tie_word_embeddings": True},
         "1.5B": sizes(1536, 28, 12, 2, 8960) | {"vocab_size": 151936, "tie_word_embeddings": True},
@@ -203,7 +203,7 @@ LIKE = {  # for transformers, which has no lmms-lab layout: the same model as ll
     "llava-onevision-qwen2-7b-si": llava_hf("7B", 152064),
     "llava-onevision-qwen2-72b-si": llava_hf("72B", 152064),
 }
-PARAMETERS = {  # as the hub shows them, a tied output layer counted once
+PARAMETERS = {  # as Hugging Face shows them, a tied output layer counted once
     "Llama-2-7b-hf": 6_738_415_616,
     "Llama-2-13b-hf": 13_015_864_320,
     "Llama-2-70b-hf": 68_976_648_192,

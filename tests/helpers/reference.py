@@ -1,4 +1,4 @@
-"""How transformers is asked, and what is counted as agreeing with it."""
+"""Greedy text of transformers, and what counts as agreement with it."""
 
 import copy
 
@@ -6,7 +6,7 @@ import torch
 
 
 def greedy(reference, n: int, input_ids, **inputs) -> list[int]:
-    """New tokens of transformers, with stop tokens and the repetition penalty of generation_config.json set aside."""
+    """New tokens of transformers, without stop tokens and the repetition penalty of generation_config.json."""
     ids = reference.generate(
         input_ids=input_ids, max_new_tokens=n, do_sample=False, eos_token_id=None, pad_token_id=0, **inputs
     )
@@ -29,8 +29,8 @@ NEAR_TIE = 0.05
 def agree_up_to_near_tie(ours: list[int], reference, input_ids, **inputs) -> int:
     """The number of leading tokens on which ours and the reference's greedy text agree.
 
-    Asserts that they part, if they do, where the reference all but ties: there the token that ours chose has a logit
-    next to the best one. What follows says nothing, as the texts differ by then.
+    Asserts that they differ, if they do, where the reference all but ties: there the token that ours chose has a logit
+    next to the best one. Later tokens prove nothing, as the texts differ by then.
     """
     theirs = greedy(reference, len(ours), input_ids, **inputs)
     same = next((i for i, (a, b) in enumerate(zip(ours, theirs)) if a != b), len(ours))
