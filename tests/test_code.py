@@ -2,6 +2,7 @@
 
 import ast
 import io
+import statistics
 import subprocess
 import sys
 import tokenize
@@ -74,6 +75,19 @@ def test_less_than_1000_lines():
     """The README's promise: model.py + vision.py + generate.py."""
     counts = {name: code_lines(MODULES[name].read_text()) for name in ("model", "vision", "generate")}
     assert sum(counts.values()) < 1000, counts
+
+
+def test_functions_are_short():
+    """In lines, those of a docstring included: median 8, 90th percentile 20, the longest 50 at most."""
+    lengths = {}
+    for name, file in MODULES.items():
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.FunctionDef):
+                lengths[f"{name}.{node.name}:{node.lineno}"] = node.end_lineno - node.lineno + 1
+    long = {name: n for name, n in lengths.items() if n > 20}
+    assert statistics.median(lengths.values()) <= 8
+    assert statistics.quantiles(lengths.values(), n=10)[-1] <= 20, long
+    assert max(lengths.values()) <= 50, long
 
 
 def test_top_level_has_no_other_file():

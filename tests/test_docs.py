@@ -1,5 +1,6 @@
 """README.md, CONTRIBUTING.md and docs/: what they name exists, and their figures are those of benchmarks/."""
 
+import importlib
 import json
 import re
 from pathlib import Path
@@ -77,6 +78,14 @@ def test_named_flags_exist(page, capsys):
 def test_every_flag_is_in_the_docs(capsys):
     flags = set(re.findall(r"--[a-z]\w+", help_of(generate.main, capsys) + help_of(evaluate.main, capsys)))
     assert flags <= set(re.findall(r"--[a-z]\w+", "".join(page.read_text() for page in PAGES)))
+
+
+def test_walk_names_what_exists():
+    """CONTRIBUTING.md leads newcomers to functions and classes, as `module.name`."""
+    names = re.findall(r"`(\w+)\.(\w+)`", (ROOT / "CONTRIBUTING.md").read_text())
+    named = [(module, name) for module, name in names if name not in ("py", "md", "json")]
+    assert len(named) >= 5
+    assert all(hasattr(importlib.import_module(module), name) for module, name in named)
 
 
 def test_one_test_command():
