@@ -81,7 +81,7 @@ def test_greedy_with_a_draft_is_greedy_without(with_draft, family, draft):
 
 
 TRAINED = [
-    path for path in generate.DEFAULT_CHECKPOINT.parent.parent.glob("tiny-*/model.pth") if "draft" not in str(path)
+    path for path in generate.DEFAULT_IMAGE.parent.parent.glob("tiny-*/model.pth") if "draft" not in str(path)
 ]
 
 
