@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 
@@ -23,11 +24,11 @@ IS_FIRST_RANK = os.environ.get("RANK", "0") == "0"  # of the processes that torc
 class Parser(argparse.ArgumentParser):
     """Raises ValueError for wrong flags, where argparse prints its usage and exits."""
 
-    def error(self, message: str):
+    def error(self, message: str) -> NoReturn:
         raise ValueError(f"{message} (--help lists the flags)")
 
 
-def number(kind: type, least, most=float("inf")) -> Callable:
+def number(kind: type, least: float, most: float = float("inf")) -> Callable:
     """For flags: a function that reads a number of that kind within these bounds, or raises ValueError."""
 
     def read(text):

@@ -80,13 +80,14 @@ def prune(item: str, args: argparse.Namespace, engine: Engine) -> Variant:
     except ValueError:
         problem = "is none of RATIO, random:RATIO, structured:RATIO (0 to 1) and a model.pth"
         raise ValueError(f"--compare {item} {problem}") from None
+    assert engine.draft is not None  # plan_variants asks only where there is one
     draft = engine.draft._replace(pruning=pruning)
     return Variant(draft_name(draft), engine, draft)
 
 
 def draft_name(draft: Draft) -> str:
     pruning = draft.pruning
-    return f"draft {pruning.method}:{pruning.ratio:g}" if pruning.ratio else "draft"
+    return f"draft {pruning.method}:{pruning.ratio:g}" if pruning and pruning.ratio else "draft"
 
 
 # ---- asking and measuring ------------------------------------------------------------------------------------------
@@ -112,7 +113,9 @@ def count_graphs(args: argparse.Namespace) -> int:
     return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
-def ask(variant: Variant, tokenizer: Tokenizer, benchmark: Benchmark, question: Question, args) -> dict:
+def ask(
+    variant: Variant, tokenizer: Tokenizer, benchmark: Benchmark, question: Question, args: argparse.Namespace
+) -> dict:
     """What a results line holds of an answer, apart from its verdict. Raises ValueError for a question that is bad."""
     turns = [decode_images(content) for content in benchmark.ask(question)]
     parts = [part for content in turns if isinstance(content, list) for part in content if part["type"] == "image"]
@@ -120,7 +123,9 @@ def ask(variant: Variant, tokenizer: Tokenizer, benchmark: Benchmark, question: 
     return shown | converse(variant, tokenizer, turns, question.get("completion"), args)
 
 
-def converse(variant: Variant, tokenizer: Tokenizer, turns: list, completion: str | None, args) -> dict:
+def converse(
+    variant: Variant, tokenizer: Tokenizer, turns: list, completion: str | None, args: argparse.Namespace
+) -> dict:
     """Ask one turn after the other, each with the replies before it: the replies, and what they took.
 
     A model without a chat template continues `completion`, if the question has one, or the whole conversation.
@@ -134,7 +139,7 @@ def converse(variant: Variant, tokenizer: Tokenizer, turns: list, completion: st
     messages, replies, measured = [], [], []
     for content in turns:
         messages.append({"role": "user", "content": content})
-        request = {"messages": messages}
+        request: dict = {"messages": messages}
         if not tokenizer.chat:
             request = {"prompt": completion or "\n\n".join(m["content"] for m in messages) + "\n\n", "raw": True}
         options = {"draft": draft, "show": lambda text, ids: show(text), **answer_options(args)}
@@ -196,7 +201,7 @@ def figures(result: dict, engine: Engine, draft: Draft | None) -> dict:
 # ---- a run and its results file ------------------------------------------------------------------------------------
 
 
-def describe_run(args: argparse.Namespace, n_ranks: int = 1, **more) -> dict:
+def describe_run(args: argparse.Namespace, n_ranks: int = 1, **more: object) -> dict:
     """The first line of a results file: every setting, versions, device, the checkpoints' hashes."""
     settings = {name: value for name, value in vars(args).items() if name not in NOT_SETTINGS}
     device = torch.device(args.device)
@@ -283,7 +288,7 @@ class Examination:
         return result
 
     def judge(self, line: dict, question: Question, rng: Random) -> dict:
-        if "error" in line or not self.results.header["judged"]:
+        if "error" in line or not self.results.header["judged"] or not self.benchmark.score:
             return line
         replies = line["response"] if isinstance(line["response"], list) else [line["response"]]
         return line | self.benchmark.score(question, replies, rng)

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -121,9 +121,9 @@ class Draft(NamedTuple):
 
     def translate(self, tokens: list[int], images: list[Image.Image], image_id: int | None) -> Prompt:
         """The prompt of a target whose image token is image_id, as the draft reads it; a text model gets the text."""
-        if self.engine.encoder is None:
-            return self.engine.build_prompt([token for token in tokens if token != image_id], [])
         own_id = self.engine.model.args.image_token_id  # another special token there, perhaps: then any text will do
+        if self.engine.encoder is None or own_id is None:
+            return self.engine.build_prompt([token for token in tokens if token != image_id], [])
         swapped = {own_id: 0, image_id: own_id}
         return self.engine.build_prompt([swapped.get(token, token) for token in tokens], images, self.pruning)
 
@@ -235,7 +235,7 @@ def speculate(engine: Engine, draft: Engine, ids: list[int], k: int, sampling: S
     return Speculated(accepted[: n_accepted + 1], n_accepted, (start, *middle, end))
 
 
-def mark(device: torch.device):
+def mark(device: torch.device) -> Any:
     """A point of time on a device, without waiting for the device."""
     if device.type == "cpu":
         return time.perf_counter()
@@ -244,7 +244,7 @@ def mark(device: torch.device):
     return event
 
 
-def seconds_between(start, end) -> float:
+def seconds_between(start: Any, end: Any) -> float:
     return end - start if isinstance(start, float) else start.elapsed_time(end) / 1000
 
 
@@ -255,7 +255,7 @@ def now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def cut_at_stop(tokens: list[int], stop_ids) -> list[int]:
+def cut_at_stop(tokens: list[int], stop_ids: Collection[int]) -> list[int]:
     """Tokens up to and with the first stop token."""
     return next((tokens[: i + 1] for i, token in enumerate(tokens) if token in stop_ids), tokens)
 

@@ -122,7 +122,7 @@ class Step(NamedTuple):
     cross_mask: Tensor  # [S, C or fewer] the cross-attention slots a token attends to; [S, 0]: there are no images
 
 
-def inverse_frequencies(args: ModelArgs, device) -> Tensor:
+def inverse_frequencies(args: ModelArgs, device: torch.device) -> Tensor:
     """[d/2] float32 radians per position (RoFormer, arXiv 2104.09864), stretched as Llama 3.1 does if asked.
 
     Llama 3.1's rule (its model card's code): wavelengths beyond original/low_freq_factor are multiplied by factor,
@@ -167,18 +167,25 @@ class Attend(nn.Module):
         return attend(q, k, v, mask)
 
 
-class Attention(nn.Module):
+class CachedAttention(nn.Module):
+    """Attention with a KV cache, to earlier tokens or to image features."""
+
     def __init__(self, args: ModelArgs):
         super().__init__()
         self.attend = Attend()
         self.n_head, self.n_kv_head, self.head_dim = args.n_head, args.n_kv_head, args.head_dim
-        self.wqkv = nn.Linear(args.dim, (args.n_head + 2 * args.n_kv_head) * args.head_dim, bias=args.qkv_bias)
         self.wo = nn.Linear(args.n_head * args.head_dim, args.dim, bias=False)
 
-    def setup_cache(self, n_slots: int, device, dtype) -> None:
-        for name in ("k_cache", "v_cache"):  # [G, T, d]
-            cache = torch.zeros(self.n_kv_head, n_slots, self.head_dim, device=device, dtype=dtype)
-            self.register_buffer(name, cache, persistent=False)
+    def setup_cache(self, n_slots: int, device: torch.device, dtype: torch.dtype) -> None:
+        shape = self.n_kv_head, n_slots, self.head_dim  # [G, T, d]
+        self.k_cache = nn.Buffer(torch.zeros(shape, device=device, dtype=dtype), persistent=False)
+        self.v_cache = nn.Buffer(torch.zeros(shape, device=device, dtype=dtype), persistent=False)
+
+
+class Attention(CachedAttention):
+    def __init__(self, args: ModelArgs):
+        super().__init__(args)
+        self.wqkv = nn.Linear(args.dim, (args.n_head + 2 * args.n_kv_head) * args.head_dim, bias=args.qkv_bias)
 
     def forward(self, x: Tensor, step: Step) -> Tensor:
         heads = self.wqkv(x).unflatten(-1, (-1, self.head_dim)).transpose(0, 1)  # [H + 2G, S, d]
@@ -191,20 +198,15 @@ class Attention(nn.Module):
         return self.wo(self.attend(q, k, v, step.mask))
 
 
-class CrossAttention(nn.Module):
+class CrossAttention(CachedAttention):
     """Tokens attend to image features. There are no positions: queries and keys are normalized, not rotated."""
 
     def __init__(self, args: ModelArgs):
-        super().__init__()
-        self.attend = Attend()
-        self.n_kv_head, self.head_dim = args.n_kv_head, args.head_dim
+        super().__init__(args)
         self.wq = nn.Linear(args.dim, args.n_head * args.head_dim, bias=False)
         self.wkv = nn.Linear(args.dim, 2 * args.n_kv_head * args.head_dim, bias=False)
-        self.wo = nn.Linear(args.n_head * args.head_dim, args.dim, bias=False)
         self.q_norm = nn.RMSNorm(args.head_dim, args.norm_eps)
         self.k_norm = nn.RMSNorm(args.head_dim, args.norm_eps)
-
-    setup_cache = Attention.setup_cache
 
     def cache_images(self, visual: Tensor) -> None:
         """Write keys and values of the image features [N, D] into the first slots, once for all later tokens."""
@@ -233,7 +235,7 @@ class Block(nn.Module):
     def __init__(self, args: ModelArgs):
         super().__init__()
         self.attention_norm = nn.RMSNorm(args.dim, args.norm_eps)
-        self.attention = Attention(args)
+        self.attention: CachedAttention = Attention(args)
         self.ffn_norm = nn.RMSNorm(args.dim, args.norm_eps)
         self.feed_forward = FeedForward(args.dim, args.intermediate_size)
 
@@ -279,18 +281,19 @@ class Transformer(nn.Module):
     def setup_caches(self, n_slots: int, n_cross: int = 0) -> None:
         """Room for n_slots tokens, and for n_cross image features under cross-attention. Cached tokens are lost."""
         device, dtype = self.norm.weight.device, self.norm.weight.dtype
-        for layer in self.layers:  # one more than n_slots: see self.slots
-            layer.attention.setup_cache(n_cross if isinstance(layer, CrossBlock) else n_slots + 1, device, dtype)
+        for module in self.modules():
+            if isinstance(module, CachedAttention):  # one more than n_slots: see self.slots
+                module.setup_cache(n_cross if isinstance(module, CrossAttention) else n_slots + 1, device, dtype)
         section = torch.tensor(self.args.mrope_section or (self.args.head_dim // 2, 0, 0))
         axis = torch.arange(3).repeat_interleave(section).to(device)
-        self.register_buffer("rope_axis", axis, persistent=False)  # [d/2] the column of rope_pos for each frequency
-        self.register_buffer("inv_freq", inverse_frequencies(self.args, device), persistent=False)
+        self.rope_axis = nn.Buffer(axis, persistent=False)  # [d/2] the column of rope_pos for each frequency
+        self.inv_freq = nn.Buffer(inverse_frequencies(self.args, device), persistent=False)
         # Rotary position minus cache slot after the prompt: an image takes fewer positions than tokens.
-        self.register_buffer("rope_delta", torch.zeros((), dtype=torch.long, device=device), persistent=False)
+        self.rope_delta = nn.Buffer(torch.zeros((), dtype=torch.long, device=device), persistent=False)
         # One more than are ever read, so that a step compiled for a part of the cache serves the whole cache too.
-        self.register_buffer("slots", torch.arange(n_slots + 1, device=device), persistent=False)
+        self.slots = nn.Buffer(torch.arange(n_slots + 1, device=device), persistent=False)
         # The image features that the prompt's last token may attend to, and so may all tokens after it.
-        self.register_buffer("cross_row", torch.zeros(n_cross, dtype=torch.bool, device=device), persistent=False)
+        self.cross_row = nn.Buffer(torch.zeros(n_cross, dtype=torch.bool, device=device), persistent=False)
         self.cached, self.n_cross = CachedTokens(n_slots), n_cross
 
     def angles(self, rope_pos: Tensor) -> tuple[Tensor, Tensor]:
@@ -310,14 +313,15 @@ class Transformer(nn.Module):
     def prefill(self, prompt: Prompt) -> Tensor:
         """Logits [1, V] of the prompt's last token. Afterwards the caches hold this prompt and nothing else."""
         x = self.embedding(prompt.tokens)
-        if prompt.image_mask is not None:
+        if prompt.visual is not None and prompt.image_mask is not None:
             x = x.masked_scatter(prompt.image_mask[:, None], prompt.visual.to(x.dtype))
         self.rope_delta.fill_(prompt.next_pos - len(prompt))
         self.cross_row.zero_()
-        if n_cross := prompt.cross_mask.shape[1]:
+        if prompt.visual is not None and (n_cross := prompt.cross_mask.shape[1]):
             self.cross_row[:n_cross] = prompt.cross_mask[-1]
-            for i in self.args.cross_attention_layers:
-                self.layers[i].attention.cache_images(prompt.visual.to(x.dtype))
+            for module in self.modules():
+                if isinstance(module, CrossAttention):
+                    module.cache_images(prompt.visual.to(x.dtype))
         step = Step(*self.angles(prompt.rope_pos), self.slots[: len(prompt)], None, prompt.cross_mask)
         return self.run_layers(x, step, last_only=True)
 

@@ -8,10 +8,11 @@ Shapes: P patches, E encoder width, N image features, D decoder width, W windows
 
 import zlib
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from math import ceil, floor, sqrt
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import IO, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +26,7 @@ HALF = (0.5, 0.5, 0.5)  # SigLIP's mean and std
 GREY = (127, 127, 127)  # SigLIP's mean as a color, rounded as transformers' processor does
 
 
-def load_image(source) -> Image.Image:
+def load_image(source: str | Path | IO[bytes]) -> Image.Image:
     """The RGB image of a path or an open file: EXIF orientation applied, transparency composited onto white.
 
     Raises ValueError, one line, for what is not a readable image.
@@ -44,14 +45,14 @@ def load_image(source) -> Image.Image:
         raise ValueError(f"cannot read the image {source}: {error}") from None
 
 
-def to_pixels(image: Image.Image, mean, std) -> Tensor:
+def to_pixels(image: Image.Image, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
     """[3, height, width] float32, from 0..255 to zero mean and unit variance."""
     pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
     pixels = pixels.view(image.height, image.width, 3).permute(2, 0, 1) / 255
     return (pixels - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
 
 
-def center(image: Image.Image, size: tuple[int, int], color) -> Image.Image:
+def center(image: Image.Image, size: tuple[int, int], color: str | tuple[int, int, int]) -> Image.Image:
     """The image in the center of a canvas of (width, height)."""
     canvas = Image.new("RGB", size, color)
     canvas.paste(image, ((size[0] - image.width) // 2, (size[1] - image.height) // 2))
@@ -61,7 +62,7 @@ def center(image: Image.Image, size: tuple[int, int], color) -> Image.Image:
 class VisionBlock(nn.Module):
     """A transformer layer on x [B, L, E], for every encoder; its arguments are what differs between the families."""
 
-    def __init__(self, dim: int, n_head: int, norm, mlp: nn.Module, bias: bool = True, gated: bool = False):
+    def __init__(self, dim: int, n_head: int, norm: Callable, mlp: nn.Module, bias: bool = True, gated: bool = False):
         super().__init__()
         self.n_head = n_head
         self.norm1, self.norm2 = norm(dim), norm(dim)
@@ -89,6 +90,7 @@ class Encoder(nn.Module):
 
     # The image features stay beside the sequence, and one token stands for the image; else they are tokens themselves.
     uses_cross_attention = False
+    blocks: nn.ModuleList
 
     @abstractmethod
     def preprocess(self, image: Image.Image) -> tuple[Tensor, Any]:
@@ -117,7 +119,7 @@ class QwenEncoder(Encoder):
     ):
         super().__init__()
         self.patch, self.merge, self.window = patch, merge, window  # in pixels, patches, pixels
-        self.full_layers, self.min_pixels, self.max_pixels = full_layers, min_pixels, max_pixels
+        self.n_head, self.full_layers, self.min_pixels, self.max_pixels = n_head, full_layers, min_pixels, max_pixels
         self.patch_embed = nn.Linear(3 * patch * patch, dim, bias=False)
         norm = lambda width: nn.RMSNorm(width, eps=1e-6)
         self.blocks = nn.ModuleList(
@@ -168,7 +170,7 @@ class QwenEncoder(Encoder):
         row, column = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
         place = torch.stack((row, column), dim=-1).float()  # [height, width, 2]
         place = place.view(height // self.merge, self.merge, width // self.merge, self.merge, 2).transpose(1, 2)
-        quarter = self.patch_embed.out_features // self.blocks[0].n_head // 4
+        quarter = self.patch_embed.out_features // self.n_head // 4
         inv_freq = 10000.0 ** -(torch.arange(quarter) / quarter)
         return (place.reshape(-1, 2, 1) * inv_freq).flatten(1)
 
@@ -177,7 +179,7 @@ class QwenEncoder(Encoder):
         index = self.window_index(grid)  # [W, L]
         real = index >= 0
         window_mask = None if real.all() else real[:, None, None].to(pixels.device)  # [W, 1, 1, L]
-        full_mask = None if real.all() else window_mask.reshape(1, 1, 1, -1)
+        full_mask = None if window_mask is None else window_mask.reshape(1, 1, 1, -1)
         window_rope = rope_table(self.patch_angles(grid)[index][:, None].to(pixels.device))  # [W, 1, L, E / n_head]
         full_rope = tuple(t.reshape(1, 1, -1, t.shape[-1]) for t in window_rope)
         x = self.patch_embed(pixels)[index.to(pixels.device)]  # [W, L, E]
@@ -434,7 +436,7 @@ def build_prompt(
     images: Sequence[Image.Image] = (),
     encoder: Encoder | None = None,
     image_token_id: int | None = None,
-    device="cpu",
+    device: torch.device | str = "cpu",
     encoded: dict[int, Encoded] | None = None,
     pruning: Pruning | None = None,
 ) -> Prompt:
@@ -459,7 +461,7 @@ def build_prompt(
             kept = kept_indices(len(image.features), pruning, i - 1, image.newlines)
             visual.append(image.features[kept.to(image.features.device)])
             kept = kept if inline else kept[:1] * 0  # one token for the image
-            ids += [image_token_id] * len(kept)
+            ids += tokens[first : first + 1] * len(kept)
             keys += [-1 - (image.key << 20) - j for j in kept.tolist()]
             rope_pos.append(next_pos + image.positions[kept])
             next_pos += int(image.positions.max()) + 1
