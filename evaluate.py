@@ -140,13 +140,13 @@ def converse(
     for content in turns:
         messages.append({"role": "user", "content": content})
         request: dict = {"messages": messages}
-        if not tokenizer.chat:
+        if not tokenizer.chat_template:
             request = {"prompt": completion or "\n\n".join(m["content"] for m in messages) + "\n\n", "raw": True}
         options = {"draft": draft, "show": lambda text, ids: show(text), **answer_options(args)}
         result = answer(engine, tokenizer, request, **options)
         show("\n")
         reply = {"role": "assistant", "content": result["text"]}
-        messages.append(reply_message(tokenizer, result["token_ids"]) if tokenizer.chat else reply)
+        messages.append(reply_message(tokenizer, result["token_ids"]) if tokenizer.chat_template else reply)
         replies.append(result["text"])
         measured.append(figures(result, engine, draft))
     return {"response": replies[0] if len(replies) == 1 else replies, "turns": measured}

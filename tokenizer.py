@@ -1,80 +1,34 @@
-"""Text to token ids and back, and the chat formats of the supported models.
+"""Text to token ids and back; conversations through the checkpoint's own chat template.
 
-Knows SentencePiece files, the byte-level BPE vocabularies that scripts/hf_tokenizer.py stores in them, chat formats and
-stop tokens. Knows nothing of tensors, images (each is one token here) or command lines.
+Knows SentencePiece files, the byte-level BPE vocabularies that scripts/hf_tokenizer.py stores in them, added tokens,
+Jinja chat templates and stop tokens. Knows nothing of tensors, images (each is one token here) or command lines.
 """
 
 import codecs
+import json
 import random
 import re
-import unicodedata
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
-from datetime import date
-from itertools import groupby
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from datetime import datetime
+from functools import cache, cached_property, partial
+from io import StringIO
 from pathlib import Path
+from unicodedata import category, normalize
 
 import sentencepiece
 
-Part = int | str  # a piece of a prompt: a token id, or text that is still to be encoded
-Turn = tuple[str, list[Part]]  # role, content
-REQUEST_TYPES = {  # what --requests may say
-    "messages": list,
-    "prompt": (str, int),
-    "images": list,
-    "raw": bool,
-    "system": str,
-    "max_new_tokens": int,
-    "date_string": str,
-}
-MARKUP_TOKEN = re.compile(r"(<\|\w+\|>|<image>|</?s>)")  # a special token in the strings of CHAT_FORMATS
-
-
-@dataclass(frozen=True)
-class ChatFormat:
-    """How one family writes a conversation. `<...>` in these strings are special tokens; a user's text never is."""
-
-    turn: str  # one message: {role} and {content} are filled in
-    reply: str  # the assistant's header, with which a prompt ends
-    begin: str = ""
-    answer: str = ""  # the assistant's turn, where it is not `turn`
-    image: str = ""  # the image token and what surrounds it
-    image_token: str = ""
-    images_first: bool = False  # images stand in front of the text of their message, wherever they were given
-    text_prefix: str = ""  # in front of every part of text
-    trim: bool = False  # white space around a message is dropped
-    system_in_user: bool = False  # the system prompt is written into the first user turn, and roles alternate
-    dated: bool = False  # the system turn is always there and gives dates, except in a conversation with images
-
-    def special_tokens(self) -> list[str]:
-        return MARKUP_TOKEN.findall(self.begin + self.turn + self.answer + self.reply + self.image)
-
-    def end_token(self) -> str:
-        """What ends a reply."""
-        return MARKUP_TOKEN.findall(self.answer or self.turn)[-1]
-
-
-CHATML = ChatFormat(turn="<|im_start|>{role}\n{content}<|im_end|>\n", reply="<|im_start|>assistant\n")
-LLAVA = replace(CHATML, image="<image>\n", image_token="<image>", images_first=True)
-LLAMA3 = ChatFormat(
-    begin="<|begin_of_text|>",
-    turn="<|start_header_id|>{role}<|end_header_id|>\n\n{content}<|eot_id|>",
-    reply="<|start_header_id|>assistant<|end_header_id|>\n\n",
-    trim=True,
-)
-CHAT_FORMATS = {
-    "chatml": CHATML,
-    "qwen-vl": replace(CHATML, image="<|vision_start|><|image_pad|><|vision_end|>", image_token="<|image_pad|>"),
-    "llava": LLAVA,
-    # llava-hf's first conversions: a space after the role, a newline before the text, none between turns
-    "llava-1": replace(LLAVA, turn="<|im_start|>{role} {content}<|im_end|>", image="<image>", text_prefix="\n"),
-    "llama2": ChatFormat(
-        turn="<s>[INST] {content} [/INST]", answer=" {content} </s>", reply="", trim=True, system_in_user=True
-    ),
-    "llama3": LLAMA3,
-    "llama3.1": replace(LLAMA3, dated=True),
-    "llama3-vision": replace(LLAMA3, dated=True, trim=False, image="<|image|>", image_token="<|image|>"),
-}
+FORMAT = 2  # of the "tokenizer" entry of params.json
+REQUEST_TYPES = dict(messages=list, prompt=(str, int), images=list, raw=bool, system=str)  # what --requests may say
+REQUEST_TYPES |= dict(max_new_tokens=int, date_string=str)
+IMAGE_KEYS = ("path", "image", "min_pixels", "max_pixels", "resized_height", "resized_width")  # of an image part
+TEMPLATE_SECONDS, TEMPLATE_CHARACTERS = 5, 10_000_000  # what a chat template may take and write
+PRIVATE_USE = range(0xF0001, 0xFFFFE)  # code points without a meaning
+PROBE = chr(0xF0000)
+NO_PREFIX = b"\x1a\x02\x18\x00"  # normalizer_spec.add_dummy_prefix = false: in a protobuf the last word counts
+WORD = {"Lu", "Ll", "Lt", "Lm", "Lo", "Mn", "Mc", "Me", "Nd", "Nl", "Pc"}  # categories of \w, in Rust's regex crate
 
 
 def byte_alphabet() -> str:
@@ -88,31 +42,17 @@ ALPHABET = byte_alphabet()
 BYTE_OF = {character: byte for byte, character in enumerate(ALPHABET)}
 
 
-def other_numbers() -> str:
-    r"""The body of an `re` class for what \p{N} holds beyond \d: fractions, Roman numerals, circled digits...
-
-    Python's \w is exactly \p{L}, \p{N} and "_", so these ranges are all that is missing to tell letters from numbers.
-    No number lies beyond U+1FFFF; str.isnumeric() is also true of some ideographs, which are letters.
-    """
-    ranges: list[list[int]] = []
-    for code in range(0x20000):
-        character = chr(code)
-        if character.isnumeric() and not character.isdecimal() and not character.isalpha():
-            if ranges and ranges[-1][1] == code - 1:
-                ranges[-1][1] = code
-            else:
-                ranges.append([code, code])
-    return "".join(f"{chr(first)}-{chr(last)}" for first, last in ranges)
-
-
 def split_pattern(max_digits: int) -> re.Pattern:
     r"""The pattern that Qwen (max_digits 1) and Llama-3 (3) publish in tokenizer.json, in terms of `re`:
 
     (?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+
 
     Their \s is Unicode's White_Space, to which Python's adds U+001C..U+001F; their ' s is not ' and a long s (U+017F).
+    \w is \p{L}, \p{N} and "_", and \d is not all of \p{N}: fractions, Roman numerals, circled digits are told from
+    letters here. None is beyond U+1FFFF; str.isnumeric() is also true of some ideographs, which are letters.
     """
-    other = other_numbers()
+    characters = map(chr, range(0x20000))
+    other = "".join(c for c in characters if c.isnumeric() and not c.isdecimal() and not c.isalpha())
     letter, number = rf"[^\W\d_{other}]", rf"[\d{other}]"
     space, not_space = r"[^\S\x1c-\x1f]", r"[\S\x1c-\x1f]"
     alternatives = (
@@ -127,12 +67,146 @@ def split_pattern(max_digits: int) -> re.Pattern:
     return re.compile("|".join(alternatives))
 
 
+class AddedTokens:
+    """Finds added tokens by their names in a text, as the `tokenizers` package does (its AddedVocabulary)."""
+
+    def __init__(self, ids: dict[str, int], flags: dict[str, list[str]], normalize: Callable[[str], str] = str):
+        """flags: of a name, those of single_word, lstrip and rstrip that are set; normalize: what the texts went by."""
+        self.ids = {normalize(name): token for name, token in ids.items()}
+        self.flags = {normalize(name): flags.get(name, ()) for name in ids}
+        self.pattern = re.compile("|".join(map(re.escape, sorted(self.ids, key=len, reverse=True))) or r"(?!)")
+
+    def split(self, text: str, ignored: frozenset[int] = frozenset()) -> list[str | int]:
+        """Ids of the tokens, and the text between them. The names of ignored ids are text."""
+        parts, end = [], 0
+        for match in self.pattern.finditer(text):
+            (start, stop), token, flags = match.span(), self.ids[match[0]], self.flags[match[0]]
+            inside = "single_word" in flags and WORD & {*map(category, text[start - 1 : start] + text[stop : stop + 1])}
+            if token in ignored or inside:
+                continue
+            if "lstrip" in flags:
+                start = max(end, len(text[:start].rstrip()))
+            if "rstrip" in flags:
+                stop = len(text) - len(text[stop:].lstrip())
+            parts += [text[end:start], token]
+            end = stop
+        return [part for part in (*parts, text[end:]) if part != ""]
+
+
+@cache
+def template_environment():
+    """Jinja as chat templates expect it (transformers' apply_chat_template), in a sandbox."""
+    from jinja2 import TemplateError, pass_context, sandbox
+
+    class Sandbox(sandbox.ImmutableSandboxedEnvironment):
+        intercepted_binops = frozenset(("*", "**"))  # one such operation could take hours, or all of the memory
+
+        def unsafe_undefined(self, obj, attribute):
+            raise sandbox.SecurityError(f"it reaches for {attribute!r} of a {type(obj).__name__}")
+
+        def call_binop(self, context, operator, left, right):
+            repeated = [len(a) * b for a, b in ((left, right), (right, left)) if isinstance(a, str | list | tuple)]
+            if operator == "**" or max(repeated, default=0) > TEMPLATE_CHARACTERS:
+                raise sandbox.SecurityError(f"it computes with {operator} what may be too large")
+            return super().call_binop(context, operator, left, right)
+
+    def raise_exception(message: str):
+        raise TemplateError(message)
+
+    environment = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+    for name in ("selectattr", "rejectattr"):  # of a Content without text they would not look at the parts
+        of_parts = lambda select, context, value, *test: select(context, [*value], *test)
+        environment.filters[name] = pass_context(partial(of_parts, environment.filters[name]))
+    environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)  # Jinja's own escapes HTML
+    environment.globals["raise_exception"] = raise_exception
+    environment.globals["strftime_now"] = lambda layout: datetime.now().strftime(layout)
+    return environment
+
+
+class Refusal(ValueError):
+    """A template raised an error: it cannot write this conversation."""
+
+
+class Content(str):
+    """Text that is also a list of its parts to a template that loops over them: some take texts, some parts."""
+
+    def __new__(cls, parts: list[dict]):
+        content = super().__new__(cls, "".join(part["text"] for part in parts))
+        content.parts = parts
+        return content
+
+    def __iter__(self):
+        return iter(self.parts)
+
+
+class ChatTemplate:
+    """A checkpoint's own Jinja template: messages in the hub's format -> the text that the model was trained on."""
+
+    def __init__(self, source: str, variables: dict[str, str], image: Sequence[str] | None):
+        """image: the image token, between what stands in front of it and behind it. ValueError if it does not parse."""
+        self.variables = {"tools": None, "documents": None, "add_generation_prompt": True, **variables}
+        self.image = None if image is None or image[1] in source else "".join(image)  # for a template of texts alone
+        # {% generation %} marks an assistant's text for training, and prints it.
+        self.source = re.sub(r"({%[-+]?\s*)generation\b", r"\1if true", source)
+        self.source = re.sub(r"({%[-+]?\s*)endgeneration\b", r"\1endif", self.source)
+        try:
+            self.template = template_environment().from_string(self.source)
+        except Exception as error:  # mostly jinja2.TemplateSyntaxError; Python's compiler has limits of its own
+            raise ValueError(f"the chat template does not parse: {error}") from error
+        # What it writes around messages: three of one character, without which it is a template of its own kind.
+        messages = [{"role": role, "content": text_part(PROBE)} for role in ("user", "assistant", "user")]
+        self.around = ["", "", "", ""]
+        with suppress(Refusal):
+            self.around = [*self.render(messages, add_generation_prompt=False).split(PROBE), *self.around]
+
+    def render(self, messages: list[dict], **variables) -> str:
+        """The text of messages whose content is a list of {"type": "text", "text": ...} and {"type": "image"}.
+
+        Raises ValueError where the sandbox stops the template, or it has no end: Refusal where it raises an error.
+        """
+        from jinja2.sandbox import SecurityError
+
+        messages = [message | {"content": self.form(message["content"])} for message in messages]
+        deadline, tracer, text = time.monotonic() + TEMPLATE_SECONDS, sys.gettrace(), StringIO()
+
+        def watch(frame, event, argument):  # called for every line of the template's code
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"it runs for more than {TEMPLATE_SECONDS} seconds")
+            return watch
+
+        try:
+            sys.settrace(watch)
+            for piece in self.template.generate(messages=messages, **self.variables | variables):
+                if text.write(piece) and text.tell() > TEMPLATE_CHARACTERS:
+                    raise MemoryError(f"it writes more than {TEMPLATE_CHARACTERS} characters")
+        except (SecurityError, TimeoutError, MemoryError) as error:
+            raise ValueError(f"the chat template cannot be used: {error}") from error
+        except Exception as error:  # raise_exception, and whatever the template's expressions raise
+            raise Refusal(f"the chat template refuses this conversation: {error}") from error
+        finally:
+            sys.settrace(tracer)
+        return text.getvalue()
+
+    def form(self, parts: list[dict]) -> list[dict] | Content:
+        """The content as the template takes it: parts where there are images, which a text template gets in front."""
+        texts = [part for part in parts if part["type"] == "text"]
+        if len(texts) == len(parts):
+            return Content(texts)
+        return parts if self.image is None else Content(text_part(self.image * (len(parts) - len(texts))) + texts)
+
+
+def text_part(text: str) -> list[dict]:
+    return [{"type": "text", "text": text}]
+
+
 class Tokenizer:
     """tokenizer.model and the "tokenizer" entry of params.json, as scripts/hf_tokenizer.py wrote them.
 
-    settings: type ("bytelevel" or "sentencepiece"), nfc, max_digits and ignore_merges (byte-level only), add_bos,
-    bos_id, stop_ids, special_tokens {name: id}, chat_format (a key of CHAT_FORMATS, or None), default_system (None: no
-    system turn) and default_date (None: today's).
+    settings: format; type ("bytelevel" or "sentencepiece"); nfc, max_digits and ignore_merges (byte-level) or prefix
+    (SentencePiece: which texts get a space in front, see _encode_piece); n_tokens; bos_id (None: no BOS); stop_ids;
+    special_tokens and added_tokens {name: id}, the latter with a text; token_flags {name: [normalized, single_word,
+    lstrip, rstrip]}; chat_template (None: raw prompts only) and its template_variables; image (None, or the image
+    token between what stands in front of and behind it in a prompt).
     """
 
     def __init__(self, model_path: str | Path, settings: dict):
@@ -140,27 +214,79 @@ class Tokenizer:
         if not Path(model_path).is_file():
             raise FileNotFoundError(f"{model_path} is missing: convert the checkpoint again")
         try:
-            self.pieces = sentencepiece.SentencePieceProcessor(model_file=str(model_path))
+            self.pieces = sentencepiece.SentencePieceProcessor(model_proto=Path(model_path).read_bytes() + NO_PREFIX)
         except RuntimeError as error:
             raise ValueError(f"{model_path} is not a SentencePiece model: convert the checkpoint again") from error
+        if settings.get("format") != FORMAT:
+            raise ValueError("params.json is of another version of this program: convert the checkpoint again")
         self.settings = settings
         self.bytelevel = settings["type"] == "bytelevel"
         self.split = split_pattern(settings["max_digits"]) if self.bytelevel else None
         self.special: dict[str, int] = settings["special_tokens"]
         self.bos_id: int | None = settings["bos_id"]
         self.stop_ids = frozenset(settings["stop_ids"])
-        self.silent = frozenset(self.special.values()) | {self.pieces.unk_id()}  # ids without a text
-        self.chat = CHAT_FORMATS[settings["chat_format"]] if settings["chat_format"] else None
-        if missing := sorted(set(self.chat.special_tokens() if self.chat else []) - self.special.keys()):
-            raise ValueError(f"chat format {settings['chat_format']} needs tokens that are not there: {missing}")
-        self.image_id = self.special[self.chat.image_token] if self.chat and self.chat.image_token else None
+        ids, flags = self.special | settings["added_tokens"], settings["token_flags"]
+        self.names = {token: name for name, token in ids.items()}
+        # As `tokenizers` does: most names are looked for in the text as it is, the others in the normalized rest.
+        others = {name: token for name, token in ids.items() if "normalized" in flags.get(name, ())}
+        self.normalized = AddedTokens(others, flags, self._normalize)
+        self.verbatim = AddedTokens({name: token for name, token in ids.items() if name not in others}, flags)
+        self.silent = self.stop_ids & self.names.keys() | {*self.special.values(), self.pieces.unk_id()}  # no text
+        self.chat_template: str | None = settings["chat_template"]
+        self.image: Sequence[str] | None = settings["image"]
+        self.image_id = self.special[self.image[1]] if self.image else None
+
+    @cached_property
+    def template(self) -> ChatTemplate:
+        """Raises ValueError where there is none, or none of use."""
+        if not self.chat_template:
+            raise ValueError("this checkpoint has no chat template: use --raw")
+        return ChatTemplate(self.chat_template, self.settings["template_variables"], self.image)
+
+    def end_of_turn(self) -> int | None:
+        """The token that the chat template, if there is one, writes after an assistant's message."""
+        end = self.chat_template and self.verbatim.pattern.match(self.template.around[2].lstrip())
+        return self.verbatim.ids[end[0]] if end else None
+
+    @cached_property
+    def markup(self) -> re.Pattern:
+        """Names that no message may spell: those of special tokens, and what the template writes around messages."""
+        written = self.verbatim.split("".join(self.template.around))
+        return AddedTokens(self.special | {self.names[i]: i for i in written if isinstance(i, int)}, {}).pattern
+
+    def _guard(self, text: str, mark: str, joined: bool = False) -> str:
+        """The text with mark inside the names of markup; and at its end, if what it is joined to could complete one."""
+        text = self.markup.sub(lambda name: name[0][0] + mark + name[0][1:], text)
+        end = len(text.rstrip()) if joined else 0
+        return text[:end] + mark * (end > 0) + text[end:]
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a user's text: a special token's name in it is text like any other. No BOS."""
+        """Ids of a user's text, without BOS. A special token's name in it is text, an added token's is the token."""
+        return self._encode(text, frozenset(self.special.values()))
+
+    def _encode(self, text: str, ignored: frozenset = frozenset(), mark: str = "", start: bool = True) -> list[int]:
+        """Ids of a text, which may begin a prompt (start). Names of ignored ids are text; mark is taken out of text."""
+        parts: list[str | int] = []
+        for part in self.verbatim.split(text, ignored):
+            parts += [part] if isinstance(part, int) else self.normalized.split(self._normalize(part), ignored)
+        encode = lambda i, text: self._encode_piece(text.replace(mark, ""), start and i == 0)
+        return [i for n, part in enumerate(parts) for i in ([part] if isinstance(part, int) else encode(n, part))]
+
+    def _normalize(self, text: str) -> str:
+        if self.bytelevel:
+            return normalize("NFC", text) if self.settings["nfc"] else text
+        return "\u2581" + text.replace(" ", "\u2581") if self.settings["prefix"] == "prepend" else text
+
+    def _encode_piece(self, text: str, start: bool) -> list[int]:
+        """Ids of normalized text without added tokens.
+
+        SentencePiece's prefix, a space in front, is "prepend" (of every piece; done before), "always" (where there is
+        none), "first" (of these, the piece that begins a prompt) or "never", as tokenizer.json says it.
+        """
         if not self.bytelevel:
-            return self.pieces.encode(text.encode())
-        if self.settings["nfc"]:
-            text = unicodedata.normalize("NFC", text)
+            prefix = self.settings["prefix"] == "always" or self.settings["prefix"] == "first" and start
+            prefix = prefix and not text.startswith((" ", "\u2581"))
+            return self.pieces.encode((" " * prefix + text).encode())
         words = [codecs.charmap_decode(word.encode(), "strict", ALPHABET)[0] for word in self.split.findall(text)]
         ids = self.pieces.encode(words, num_threads=1)  # merges cannot cross words; threads cost more than they save
         if self.settings["ignore_merges"]:  # a word of the vocabulary is one token, even where merges do not lead to it
@@ -175,23 +301,24 @@ class Tokenizer:
 
     def token_bytes(self, token: int) -> bytes:
         """What one id stands for: part of a UTF-8 text, perhaps of one character; b"" for a special token."""
-        if token in self.silent or not 0 <= token < self.pieces.get_piece_size():
+        in_pieces = 0 <= token < self.pieces.get_piece_size()
+        if token in self.silent or not (in_pieces or token in self.names):
             return b""
-        piece = self.pieces.id_to_piece(token)
+        piece = self.names.get(token) or self.pieces.id_to_piece(token)
         if self.bytelevel:
             in_alphabet = all(character in BYTE_OF for character in piece)  # an added token's name need not be
             return bytes(BYTE_OF[character] for character in piece) if in_alphabet else piece.encode()
-        if self.pieces.is_byte(token):
+        if in_pieces and self.pieces.is_byte(token):
             return bytes([int(piece[1:-1], 16)])  # <0x0A>
         return piece.replace("\u2581", " ").encode()
 
     def agrees_with(self, other: "Tokenizer") -> bool:
         """Whether ids mean the same text in both: only special tokens and the vocabulary's end may differ."""
-        n = min(self.settings["n_tokens"], other.settings["n_tokens"])
-        silent = self.silent | other.silent
-        ids = [token for token in range(n) if token not in silent]
-        same_kind = self.settings["type"] == other.settings["type"]
-        return same_kind and self.pieces.id_to_piece(ids) == other.pieces.id_to_piece(ids)
+        both, silent = (self, other), self.silent | other.silent
+        n, end = (min(sizes) for sizes in zip(*((t.pieces.get_piece_size(), t.settings["n_tokens"]) for t in both)))
+        ids = [token for token in range(min(n, end)) if token not in silent]
+        mine, theirs = ((t.pieces.id_to_piece(ids), [t.names.get(i) for i in range(n, end)]) for t in both)
+        return self.settings["type"] == other.settings["type"] and mine == theirs
 
     def encode_request(self, request: dict) -> tuple[list[int], list[dict]]:
         """Ids of a request, {"messages": [...]} or {"prompt", "images", "raw", "system"}, and its image parts in order.
@@ -204,23 +331,22 @@ class Tokenizer:
             if not isinstance(value, REQUEST_TYPES.get(name, ())):
                 raise ValueError(f"no {name} of this kind in a request; known are {', '.join(REQUEST_TYPES)}")
         if "messages" in request:
-            ids = self.encode_chat(request["messages"], request.get("date_string"))
-            return ids, find_images(request["messages"])
+            return self.encode_chat(request["messages"], request.get("date_string")), find_images(request["messages"])
         prompt, images = request["prompt"], [{"type": "image", "path": path} for path in request.get("images", [])]
         if isinstance(prompt, int):
             if not 0 < prompt < 2**24:
                 raise ValueError(f"a prompt of {prompt} tokens cannot be made up")
-            words = sorted(set(range(self.settings["n_tokens"])) - self.silent)
+            words = [i for i in range(self.settings["n_tokens"]) if i not in self.silent]
             made_up = random.Random(0).choices(words, k=prompt)
             return self.encode_raw(images) + made_up, find_images([{"content": images}])
+        if request.get("raw"):
+            placed = self.image_id is not None and self.image[1] in prompt
+            ids = self.encode_raw(prompt if placed else self.place_images(prompt, images))
+            return ids, find_images([{"content": images}])
         if not prompt.strip():
             raise ValueError("the prompt is empty")
-        content = self.place_images(prompt, images)
-        messages = [{"role": "user", "content": content}]
-        if request.get("raw"):
-            return self.encode_raw(content), find_images(messages)
-        if "system" in request:
-            messages.insert(0, {"role": "system", "content": request["system"]})
+        system = [{"role": "system", "content": request["system"]}] if "system" in request else []
+        messages = [*system, {"role": "user", "content": self.place_images(prompt, images)}]
         return self.encode_chat(messages, request.get("date_string")), find_images(messages)
 
     def place_images(self, prompt: str, images: list[dict]) -> list[dict]:
@@ -230,136 +356,108 @@ class Tokenizer:
         """
         texts = prompt.split("<image>")
         if len(texts) == 1 or self.image_id is None:
-            return [*images, {"type": "text", "text": prompt}]
+            return [*images, *text_part(prompt)]
         if len(texts) - 1 != len(images):
             raise ValueError(f"the prompt has {len(texts) - 1} <image> placeholders for {len(images)} images")
-        parts = [{"type": "text", "text": text} for text in texts]
-        return [parts[0], *(part for pair in zip(images, parts[1:], strict=True) for part in pair)]
+        return text_part(texts[0]) + [p for image, text in zip(images, texts[1:]) for p in (image, *text_part(text))]
 
     def encode_raw(self, content: str | list[dict]) -> list[int]:
-        """Ids of a prompt as it is: text, or parts as in encode_chat. BOS in front where the model's tokenizer adds it.
+        """Ids of a prompt as it is, names of special tokens being those tokens: text, or parts as in encode_chat.
 
-        An image is its token and borders, without the line break that a chat format may write after it.
+        BOS in front where the model's tokenizer adds it. An image is its token and borders.
         """
-        chat = self.chat and replace(self.chat, image=self.chat.image.strip(), images_first=False, text_prefix="")
-        bos = [self.bos_id] if self.settings["add_bos"] else []
-        return bos + self._encode_parts(self._read_content("user", content, "the prompt", chat))
+        image, parts = "".join(self.image or ()).strip(), self._read({"role": "user", "content": content}, "the prompt")
+        text = "".join(part.get("text", image) for part in parts)
+        return ([] if self.bos_id is None else [self.bos_id]) + self._encode(text)
 
     def encode_chat(self, messages: Sequence[dict], date_string: str | None = None) -> list[int]:
-        """Ids of a conversation in the model's own format, ending with the header of the assistant's next reply.
+        """Ids of a conversation as the checkpoint's chat template writes it, with the header of the next reply.
 
         messages: {"role": "system" | "user" | "assistant", "content": text or a list of parts}; a part is
-        {"type": "text", "text": ...} or {"type": "image", ...}, which becomes one image token and its borders.
+        {"type": "text", "text": ...} or {"type": "image", ...}. Nothing in them becomes a special token.
         A reply that the model gave can be put back as [{"type": "tokens", "ids": [...]}], without its stop token: then
-        encode_chat(earlier) + ids + the stop token is a prefix of encode_chat(earlier + reply + more), which encoding
-        the reply's text again would not guarantee.
-        Raises ValueError for what the format cannot say.
+        encode_chat(earlier) + ids + the stop token is a prefix of encode_chat(earlier + reply + more), unless the
+        template changes the reply (it may leave out what the model was thinking): then its text is put back.
+        Raises ValueError for what the template cannot say.
         """
-        if self.chat is None:
-            raise ValueError("this checkpoint has no chat format that is known: use --raw")
         if not messages:
             raise ValueError("a conversation needs at least one message")
-        turns = [self._read_message(message, f"message {i + 1}") for i, message in enumerate(messages)]
-        if self.settings["default_system"] is not None and turns[0][0] != "system":
-            turns.insert(0, ("system", [self.settings["default_system"]]))
-        if self.chat.system_in_user:
-            turns = merge_system(turns)
-        if self.chat.trim:
-            turns = [(role, ["".join(text).strip()] if is_text(text) else text) for role, text in turns]
-        if self.chat.dated:
-            turns = self._date(turns, date_string)
-        parts = [part for role, content in turns for part in self._write_turn(role, content)]
-        return self._encode_parts([*self._markup(self.chat.begin), *parts, *self._markup(self.chat.reply)])
+        contents = [self._read(message, f"message {i + 1}") for i, message in enumerate(messages)]
+        known = self.template.source + "".join(part.get("text", "") for parts in contents for part in parts)
+        unused = (character for character in map(chr, PRIVATE_USE) if character not in known)
+        mark, turns, replies = next(unused), [], {}  # a reply by the character that stands for it
+        for message, parts in zip(messages, contents, strict=True):
+            if parts and parts[0]["type"] == "tokens":
+                place = next(unused)
+                replies[place], parts = parts[0]["ids"], text_part(place)
+            texts = [text_part(self._guard(part.get("text", ""), mark, part is not parts[-1])) for part in parts]
+            content = [part if "text" not in part else text[0] for part, text in zip(parts, texts, strict=True)]
+            turns.append({"role": message["role"], "content": content})
+        variables = {} if date_string is None else {"date_string": self._guard(date_string, mark)}
+        ids = []
+        for text, reply in self._place_replies(turns, replies, mark, variables):
+            if ids and self.verbatim.pattern.match(text.lstrip()):  # a reply ends with its stop token at once
+                text = text.lstrip()
+            ids += self._encode(text, mark=mark, start=not ids) + reply
+        if not ids:
+            raise ValueError("the chat template writes nothing of this conversation")
+        return ids
 
-    def _read_message(self, message: dict, where: str) -> Turn:
-        role = message.get("role") if isinstance(message, dict) else None
+    def _place_replies(self, turns: list[dict], replies: dict, mark: str, variables: dict) -> list[tuple[str, list]]:
+        """The text in front of each of the replies, with its ids; then the text that is left, with none.
+
+        A reply's ids are put back where the text in front of it is the prompt that it answered, and where the template
+        writes the reply's text unchanged, white space apart.
+        """
+        render, squeeze = partial(self.template.render, **variables), lambda text: "".join(text.split())
+        placed, last = [], None
+        rest = lambda text: text.rpartition(last)[2] if last else text
+        for place, ids in replies.items():
+            i = next(i for i, turn in enumerate(turns) if turn["content"] == text_part(place))
+            text = self._guard(self.decode(ids), mark)
+            plain = [*turns[:i], turns[i] | {"content": text_part(text)}, *turns[i + 1 :]]
+            whole, prompt = render(turns), render(turns[:i])
+            answered = whole.count(place) == 1 and whole.partition(place)[0].rstrip() == prompt.rstrip()
+            if answered and squeeze(whole.replace(place, text)) == squeeze(render(plain)):
+                placed.append((rest(prompt), ids))
+                last = place
+            else:
+                turns = plain
+        return [*placed, (rest(render(turns)), [])]
+
+    def _read(self, message: dict, where: str) -> list[dict]:
+        """The parts of a message, images without their files; of a reply that is put back, one of type "tokens"."""
+        role, content = (message.get("role"), message.get("content")) if isinstance(message, dict) else (None, None)
         if role not in ("system", "user", "assistant"):
             raise ValueError(f"{where}: the role must be system, user or assistant, not {role!r}")
-        return role, self._read_content(role, message.get("content"), where, self.chat)
-
-    def _read_content(self, role: str, content: str | list[dict], where: str, chat: ChatFormat | None) -> list[Part]:
-        """Content in the hub's format as text (at least one str, perhaps empty) or, for a given reply, ids alone."""
-        parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+        parts = text_part(content) if isinstance(content, str) else content
         if not isinstance(parts, list) or not all(isinstance(part, dict) for part in parts):
             raise ValueError(f"{where}: the content must be text or a list of parts")
-        if [part.get("type") for part in parts] == ["tokens"] and role == "assistant":
-            return list(parts[0]["ids"])
-        if chat and chat.images_first:
-            parts = sorted(parts, key=lambda part: part.get("type") != "image")
-        read: list[Part] = [""]
         for part in parts:
             match part:
-                case {"type": "text", "text": str(text)}:
-                    read.append(chat.text_prefix + text if chat else text)
                 case {"type": "image"} if role != "user":
                     raise ValueError(f"{where}: only a user's message can hold an image, not the {role}'s")
                 case {"type": "image"} if self.image_id is None:
                     raise ValueError(f"{where}: this model takes no images")
-                case {"type": "image"}:
-                    read += self._markup(chat.image)
+                case {"type": "image", **more} if unknown := more.keys() - {*IMAGE_KEYS}:
+                    raise ValueError(f"{where}: an image part has no {min(unknown)}, but {', '.join(IMAGE_KEYS)}")
+                case {"type": "image"} | {"type": "text", "text": str()} if part["type"] == "image" or len(part) == 2:
+                    continue
+                case {"type": "tokens", "ids": list(ids)} if role == "assistant" and parts == [part]:
+                    if wrong := [i for i in ids if type(i) is not int or not 0 <= i < self.settings["n_tokens"]]:
+                        raise ValueError(f"{where}: {str(wrong[0])[:20]} is not the id of a token")
                 case _:
                     raise ValueError(f"{where}: a part must be text or an image, not {str(part)[:60]}")
-        return read
-
-    def _date(self, turns: list[Turn], date_string: str | None) -> list[Turn]:
-        """Llama-3.1's system turn. A conversation with images has none (Llama-3.2-Vision's template)."""
-        system = ""
-        if turns[0][0] == "system":
-            system, turns = "".join(turns[0][1]).strip(), turns[1:]
-        if any(self.image_id in content for role, content in turns if role == "user"):
-            if system:
-                raise ValueError("this model takes no system message together with images: leave one of them out")
-            return turns
-        if date_string is None:
-            date_string = self.settings["default_date"] or date.today().strftime("%d %b %Y")
-        header = f"Cutting Knowledge Date: December 2023\nToday Date: {date_string}\n\n"
-        return [("system", [header + system]), *turns]
-
-    def _write_turn(self, role: str, content: list[Part]) -> list[Part]:
-        turn = self.chat.answer if role == "assistant" and self.chat.answer else self.chat.turn
-        head, tail = turn.replace("{role}", role).split("{content}")
-        if role == "assistant" and not is_text(content):  # a reply's own ids: it began after `reply` and ended at once
-            head, tail = self.chat.reply, tail.lstrip()
-        return [*self._markup(head), *content, *self._markup(tail)]
-
-    def _markup(self, text: str) -> list[Part]:
-        """A string of CHAT_FORMATS with its special tokens as ids. Never given text of a user."""
-        return [self.special[part] if i % 2 else part for i, part in enumerate(MARKUP_TOKEN.split(text))]
-
-    def _encode_parts(self, parts: list[Part]) -> list[int]:
-        """Neighbouring texts are encoded as one, as if they had been written in one string."""
-        runs = [(text, list(run)) for text, run in groupby(parts, key=lambda part: isinstance(part, str))]
-        return [token for text, run in runs for token in (self.encode("".join(run)) if text else run)]
+        return [{"type": "image"} if part["type"] == "image" else part for part in parts]
 
 
 def find_images(messages: Sequence[dict]) -> list[dict]:
     """The image parts of messages, in order. Raises ValueError for one that names no file."""
-    contents = [message["content"] for message in messages if isinstance(message["content"], list)]
+    contents = (message["content"] for message in messages if isinstance(message["content"], list))
     parts = [part for content in contents for part in content if part["type"] == "image"]
-    for part in parts:
-        if not isinstance(part.get("path"), str):
-            raise ValueError(f"an image part has no path: {str(part)[:60]}")
+    if nameless := [part for part in parts if not isinstance(part.get("path"), str)]:
+        raise ValueError(f"an image part has no path: {str(nameless[0])[:60]}")
     return parts
-
-
-def is_text(content: list[Part]) -> bool:
-    """False for the ids of a reply that was given as tokens."""
-    return any(isinstance(part, str) for part in content)
-
-
-def merge_system(turns: list[Turn]) -> list[Turn]:
-    """Llama-2: the system prompt stands inside the first user turn; roles alternate. ValueError where they do not."""
-    system = None
-    if turns[0][0] == "system":
-        (_, system), *turns = turns
-    for i, (role, _) in enumerate(turns):
-        if role != ("user", "assistant")[i % 2]:
-            raise ValueError("this model's messages must alternate: [system,] user, assistant, user, ...")
-    if not turns:
-        raise ValueError("this model needs a user's message after the system message")
-    if system is not None:
-        turns[0] = ("user", ["<<SYS>>\n", *system, "\n<</SYS>>\n\n", *turns[0][1]])
-    return turns
 
 
 class StreamDecoder:

@@ -388,6 +388,13 @@ def gated_tiles(tile: Tensor, gate: Tensor) -> Tensor:
     return tile.float().view(len(tile), MLLAMA_TILES, 1, -1) * gate.float().tanh()
 
 
+# How a prompt shows an image: its token, between what stands in front of it and behind it. The line break is that of
+# LLaVA-NeXT's conversation.py, and of llava-hf's template.
+IMAGES = {
+    "qwen2_5_vl": ("<|vision_start|>", "<|image_pad|>", "<|vision_end|>"),
+    "llava": ("", "<image>", "\n"),
+    "llama3_2_vision": ("", "<|image|>", ""),
+}
 ARCHITECTURES = {
     "LlamaForCausalLM": llama,
     "Qwen2ForCausalLM": qwen2,
@@ -564,10 +571,10 @@ def convert(hub_dir: Path, model_name: str | None = None) -> None:
     files = find_tensors(hub_dir)
     check_keys(plan, unused + always_unused(args), files)
     shapes = expected_shapes(args)
-    nameless = bool(args.vision) and args.image_token_id is None
-    settings = convert_tokenizer(hub_dir, hub_dir, ["<image>"] if nameless else [])
-    if nameless:
-        args.image_token_id = settings["special_tokens"]["<image>"]
+    image = IMAGES[args.vision["type"]] if args.vision else None
+    settings = convert_tokenizer(hub_dir, hub_dir, image)
+    if image and args.image_token_id is None:
+        args.image_token_id = settings["special_tokens"][image[1]]
     n_rows = shapes["embedding.weight"][0]  # the decoder looks the token up before a row of the image replaces it
     if args.vision and args.image_token_id >= n_rows:
         raise ValueError(f"the image token is {args.image_token_id}, the embedding has {n_rows} rows only")

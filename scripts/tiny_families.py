@@ -712,15 +712,19 @@ class LlamaVision(Family):
         "image_std": list(CLIP_STD),
         "resample": 2,
     }
-    chat_template = (  # what the hub's says of plain messages
+    chat_template = (  # what the hub's says of messages without tools
         '{{- bos_token }}\n{%- if date_string is not defined %}\n    {%- set date_string = "26 Jul 2024" %}\n'
+        "{%- endif %}\n{%- set system_message = '' %}\n{%- if messages[0]['role'] == 'system' %}\n"
+        "    {%- set system_message = messages[0]['content'] | trim %}\n    {%- set messages = messages[1:] %}\n"
         "{%- endif %}\n{%- set images = namespace(n=0) %}\n{%- for message in messages %}\n"
         "    {%- if message['content'] is not string %}\n        {%- for content in message['content'] %}\n"
         "            {%- if content['type'] == 'image' %}{%- set images.n = images.n + 1 %}{%- endif %}\n"
-        "        {%- endfor %}\n    {%- endif %}\n{%- endfor %}\n{%- if not images.n %}\n"
+        "        {%- endfor %}\n    {%- endif %}\n{%- endfor %}\n{%- if images.n and system_message %}\n"
+        "    {{- raise_exception('Prompting with images is incompatible with system messages.') }}\n{%- endif %}\n"
+        "{%- if not images.n %}\n"
         "    {{- '<|start_header_id|>system<|end_header_id|>\n\n' }}\n"
         "    {{- 'Cutting Knowledge Date: December 2023\n' }}\n"
-        "    {{- 'Today Date: ' + date_string + '\n\n<|eot_id|>' }}\n{%- endif %}\n"
+        "    {{- 'Today Date: ' + date_string + '\n\n' + system_message + '<|eot_id|>' }}\n{%- endif %}\n"
         "{%- for message in messages %}\n"
         "    {{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' }}\n"
         "    {%- if message['content'] is string %}\n        {{- message['content'] }}\n    {%- else %}\n"

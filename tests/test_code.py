@@ -2,10 +2,12 @@
 
 import ast
 import io
+import re
 import statistics
 import subprocess
 import sys
 import tokenize
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -105,6 +107,13 @@ def test_imports_only_go_down(name):
 def test_nothing_else_is_needed_at_run_time(name):
     found = imports(ast.parse(MODULES[name].read_text()).body) - sys.stdlib_module_names - set(ALLOWED) - {"scripts"}
     assert found <= (RUNTIME - {"torch", "PIL"} if name == "tokenizer" else RUNTIME)
+
+
+def test_jinja2_comes_with_pytorch():
+    """tokenizer.py imports it for chat templates: nothing has to be installed beside what RUNTIME holds."""
+    tree = ast.parse(MODULES["tokenizer"].read_text())
+    assert imports(ast.walk(tree)) - sys.stdlib_module_names == {"jinja2", "sentencepiece"}
+    assert any(re.match(r"jinja2(?!.*extra ==)", line, re.IGNORECASE) for line in metadata.requires("torch"))
 
 
 def test_tests_share_through_helpers_alone():

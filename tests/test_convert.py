@@ -142,7 +142,8 @@ def test_stop_tokens_and_scaling_reach_params_json(folder):
     special = params["tokenizer"]["special_tokens"]
     stop = {"<|end_of_text|>", "<|eom_id|>", "<|eot_id|>"}
     assert set(params["tokenizer"]["stop_ids"]) == {special[name] for name in stop}
-    assert params["tokenizer"]["add_bos"] and params["tokenizer"]["chat_format"] == "llama3"
+    assert params["tokenizer"]["bos_id"] == special["<|begin_of_text|>"]
+    assert params["tokenizer"]["chat_template"] == hub.LLAMA3_TEMPLATE
 
 
 # ---- --model_name --------------------------------------------------------------------------------------------------

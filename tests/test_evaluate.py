@@ -113,7 +113,7 @@ def test_a_model_without_a_chat_format_runs_them_too(run, tiny, data, name, monk
 
     def load_base(path, **options):
         engine, tokenizer = load(path, **options)
-        tokenizer.chat = None
+        tokenizer.chat_template = None
         return engine, tokenizer
 
     answer = evaluate.answer

@@ -40,7 +40,8 @@ LLAMA3_TEMPLATE = (
     "{{ content }}{% endfor %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}"
 )
 LLAMA2_TEMPLATE = (
-    "{% if messages[0].role == 'system' %}{% set system_message = messages[0].content %}{% endif %}"
+    "{% if messages[0].role == 'system' %}{% set system_message = messages[0].content %}"
+    "{% set messages = messages[1:] %}{% endif %}"
     "{% for message in messages %}{% set content = message.content %}{% if loop.first and system_message %}"
     "{% set content = '<<SYS>>\n' + system_message + '\n<</SYS>>\n\n' + message.content %}{% endif %}"
     "{% if message.role == 'user' %}{{ bos_token + '[INST] ' + content.strip() + ' [/INST]' }}"
@@ -55,11 +56,22 @@ LLAVA_TEMPLATE = (  # llava-hf's own
     "{% generation %}{{ content['text'] }}{% endgeneration %}{% endfor %}{% endif %}{{'<|im_end|>' + '\n'}}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-LLAMA_VISION_TEMPLATE = (  # the pieces by which the converter recognizes Llama-3.2-Vision's own
-    "{{- bos_token }}{%- if not has_images %}{{- 'Cutting Knowledge Date: December 2023\n' }}{%- endif %}"
-    "{%- for message in messages %}{{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' }}"
+LLAMA_VISION_TEMPLATE = (  # what Llama-3.2-Vision's own says of messages without tools
+    "{{- bos_token }}{%- if not date_string is defined %}{%- set date_string = strftime_now('%d %b %Y') %}{%- endif %}"
+    "{%- set system_message = '' %}{%- if messages[0]['role'] == 'system' %}"
+    "{%- set system_message = messages[0]['content']|trim %}{%- set messages = messages[1:] %}{%- endif %}"
+    "{%- set seen = namespace(images=false) %}{%- for message in messages %}{%- for content in message['content'] %}"
+    "{%- if content['type'] == 'image' %}{%- set seen.images = true %}{%- endif %}{%- endfor %}{%- endfor %}"
+    "{%- if seen.images and system_message %}"
+    "{{- raise_exception('Prompting with images is incompatible with system messages.') }}{%- endif %}"
+    "{%- if not seen.images %}{{- '<|start_header_id|>system<|end_header_id|>\n\n' }}"
+    "{{- 'Cutting Knowledge Date: December 2023\nToday Date: ' + date_string + '\n\n' }}"
+    "{{- system_message + '<|eot_id|>' }}"
+    "{%- endif %}{%- for message in messages %}"
+    "{{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' }}"
     "{%- for content in message['content'] %}{%- if content['type'] == 'image' %}{{- '<|image|>' }}"
     "{%- else %}{{- content['text'] }}{%- endif %}{%- endfor %}{{- '<|eot_id|>' }}{%- endfor %}"
+    "{%- if add_generation_prompt %}{{- '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{%- endif %}"
 )
 PADDING = 10  # vocabulary entries beyond the tokenizer's tokens
 SENTENCE = (
