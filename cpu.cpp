@@ -1,374 +1,519 @@
-// What a CPU with AVX-512 does several times faster than PyTorch's kernels (README, Performance): products of small
-// weights with a few tokens, and attention. cpu.py builds this file and calls it.
+// What is faster here than in PyTorch's CPU kernels: products of bfloat16, int8 and int4 weights, and attention. cpu.py
+// builds this file for the CPU at hand and calls it. One source serves every CPU: vectors are the compiler's (GCC's and
+// clang's vector extensions), as wide as the CPU's registers.
 //
 // Shapes: S tokens. Products: N outputs, K inputs, G groups of a row. Attention: H query heads, G heads of keys and
 // values, T slots, d head width.
 
-#include <immintrin.h>
-
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdint>
+#include <cstring>
+#include <type_traits>
+#include <utility>
 #include <vector>
+#ifdef __SSE2__
+#include <immintrin.h>
+#endif
 
-#define UNROLL _Pragma("GCC unroll 16")  // else GCC keeps the sums in memory
+#define UNROLL _Pragma("GCC unroll 16")  // without it GCC keeps the sums in memory
+#ifdef __SSE2__  // a value that is used twice is loaded once: 22 GMAC/s of 6 tokens in bfloat16 become 28
+#define KEEP(x) asm("" : "+x"(x))
+#else
+#define KEEP(x) asm("" : "+w"(x))
+#endif
 
 namespace {
 
+#if defined(__AVX512BW__)
 constexpr int LANES = 16;
+#elif defined(__AVX2__)
+constexpr int LANES = 8;
+#else
+constexpr int LANES = 4;
+#endif
 
 using bfloat16 = uint16_t;
+typedef float floats __attribute__((vector_size(4 * LANES)));
+typedef double doubles __attribute__((vector_size(8 * LANES)));
+typedef int32_t ints __attribute__((vector_size(4 * LANES)));
+typedef uint16_t words __attribute__((vector_size(4 * LANES)));
 
-inline __m512 load(const float* p) { return _mm512_loadu_ps(p); }
-inline __m512 load(const bfloat16* p) {
-    const __m256i half = _mm256_loadu_si256((const __m256i*)p);
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+template <class Value>
+inline Value load(const void* p) {
+    Value value;
+    memcpy(&value, p, sizeof value);
+    return value;
 }
 
-inline void store(float* p, __mmask16 real, __m512 x) { _mm512_mask_storeu_ps(p, real, x); }
-inline void store(bfloat16* p, __mmask16 real, __m512 x) {  // rounded to the nearest, ties to even
-    const __m512i bits = _mm512_castps_si512(x), half = _mm512_set1_epi32(0x7fff);
-    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-    const __mmask16 nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);  // the sum could make an infinity of it
-    const __m512i sum = _mm512_mask_mov_epi32(_mm512_add_epi32(bits, _mm512_add_epi32(half, odd)), nan, bits);
-    _mm512_mask_cvtepi32_storeu_epi16(p, real, _mm512_srli_epi32(sum, 16));
+template <class Value>
+inline void store(void* p, Value value) {
+    memcpy(p, &value, sizeof value);
 }
 
-inline __mmask16 first_lanes(int64_t n) { return n >= LANES ? 0xffff : n > 0 ? (1 << n) - 1 : 0; }
+inline float widen(float x) { return x; }
+inline float widen(bfloat16 x) {
+    const uint32_t bits = uint32_t(x) << 16;
+    return load<float>(&bits);
+}
 
-// ---- Products: y [S, N] = x [S, K] * w [N, K]^T + bias, for int8 and int4; quantize.py packs the weights.
+inline void narrow(float x, float* p) { *p = x; }
+inline void narrow(float x, bfloat16* p) {  // to the nearest, ties to even; the sum could make an infinity of a NaN
+    const uint32_t bits = load<uint32_t>(&x);
+    *p = (x == x ? bits + 0x7fff + (bits >> 16 & 1) : bits) >> 16;
+}
+
+// A register of bfloat16 numbers is 2 * LANES columns, in pairs; shifting and masking make floats of either half.
+inline floats even(ints pairs) { return (floats)(pairs << 16); }
+inline floats odd(ints pairs) { return (floats)(pairs & (int32_t)0xffff0000); }
+
+inline ints load_pairs(const bfloat16* p, int64_t n) {  // n: numbers left in this row; zeros follow them
+    if (n >= 2 * LANES) return load<ints>(p);
+    ints pairs = {};
+    memcpy(&pairs, p, 2 * n);
+    return pairs;
+}
+
+inline float sum_lanes(floats x) {
+    float sum = 0;
+    UNROLL for (int i = 0; i < LANES; i++) sum += x[i];
+    return sum;
+}
+
+template <class Function>
+inline void with_constant(int64_t n, Function run) {  // run(n), n from 1 to 6, known to the compiler
+    switch (n) {
+        case 1: return run(std::integral_constant<int, 1>());
+        case 2: return run(std::integral_constant<int, 2>());
+        case 3: return run(std::integral_constant<int, 3>());
+        case 4: return run(std::integral_constant<int, 4>());
+        case 5: return run(std::integral_constant<int, 5>());
+        case 6: return run(std::integral_constant<int, 6>());
+    }
+}
+
+// Calls run(i) for i below n, in shares of successive ones. This is GCC's `#pragma omp parallel`, called by hand because
+// clang's calls another library than PyTorch's: the same threads do both.
+extern "C" void GOMP_parallel(void (*run)(void*), void* data, unsigned threads, unsigned flags);
+
+template <class Function>
+void parallel(int threads, int64_t n, int64_t share, Function run) {
+    struct Work {
+        std::atomic<int64_t> next;
+        int64_t n, share;
+        Function& run;
+    } work{{0}, n, share, run};
+    const auto take_shares = [](void* data) {
+        Work& work = *(Work*)data;
+        for (int64_t first; (first = work.next.fetch_add(work.share)) < work.n;)
+            for (int64_t i = first; i < std::min(first + work.share, work.n); i++) work.run(i);
+    };
+    if (n > share && threads > 1)
+        GOMP_parallel(take_shares, &work, threads, 0);
+    else
+        take_shares(&work);
+}
+
+// ---- Products: y [S, N] = x [S, K] * w [N, K]^T + bias.
 //
-// One instruction does them, vpdpbusd: 16 times side by side four unsigned bytes times four signed ones, summed up
-// without loss. The unsigned bytes are the weights' codes: w + 128 of int8, 0 to 15 of int4. The signed ones are
-// activations, 16-bit numbers in two bytes each: x = step * (256 * high + low), rounded to 2^-16 of the range of their
-// group. All sums within a group (of int8: the row) are exact integers, and a token's result does not depend on the
-// tokens beside it.
-//
-// A block is 32 outputs, two registers of 16, and the least that a thread gets. A turn is 8 inputs. 32 bits hold the
-// sums of 2^16 inputs of int8, and of 2^13 in a group of int4.
+// Up to 6 tokens, a chunk, are multiplied at a time by a block of outputs: their sums fit 16 registers. A format says
+// how a chunk is laid out for its inner loop, and multiplies.
 
-constexpr int BLOCK = 2 * LANES;
-constexpr int TURN = 8;
-constexpr int AHEAD = 2048;    // bytes of weights, asked for early: worth a tenth of the speed
-constexpr int MAX_TOKENS = 6;  // at a time, whose sums fit the registers
+constexpr int MAX_TOKENS = 6;
+constexpr int PREFETCH = 2048;  // bytes ahead of the weights in use
 
-// A group of a token's inputs.
-struct Group {
-    float step;                     // an input is step * (256 * high + low)
-    float total;                    // of the inputs
-    int32_t high_start, low_start;  // of the sums, because what is scaled is not a code: code - 128, code - 8
-};
-
-// Up to MAX_TOKENS tokens, as the inner loop wants them.
-struct Tokens {
-    int64_t count;
-    std::vector<int32_t> quads;  // [K / 8, count, 4] of four bytes each: high, low, and of the next four high, low
-    std::vector<Group> groups;   // [G, count]
-};
-
-// quads: where the first turn goes; stride: from there to the next.
-template <int BITS, class Number>
-Group split(const Number* x, int64_t k, int32_t* quads, int64_t stride) {
-    __m512 largest = _mm512_set1_ps(1e-30f);
-    const __m512 infinity = _mm512_set1_ps(INFINITY);
-    __mmask16 bad = 0;  // infinite, or not a number, which a maximum does not hand on
-    for (int64_t i = 0; i < k; i += LANES) {
-        const __m512 part = _mm512_abs_ps(load(x + i));
-        largest = _mm512_max_ps(largest, part);
-        bad |= _mm512_cmp_ps_mask(part, infinity, _CMP_NLT_UQ);
-    }
-    if (bad) return {NAN, NAN, 0, 0};
-    const float step = _mm512_reduce_max_ps(largest) / (127 * 256);
-    __m512i high_sum = _mm512_setzero_si512(), low_sum = _mm512_setzero_si512();
-    for (int64_t i = 0; i < k; i += LANES, quads += 2 * stride) {
-        const __m512i whole = _mm512_cvtps_epi32(_mm512_div_ps(load(x + i), _mm512_set1_ps(step)));
-        const __m512i high = _mm512_srai_epi32(_mm512_add_epi32(whole, _mm512_set1_epi32(128)), 8);
-        const __m512i low = _mm512_sub_epi32(whole, _mm512_slli_epi32(high, 8));
-        high_sum = _mm512_add_epi32(high_sum, high);
-        low_sum = _mm512_add_epi32(low_sum, low);
-        const __m128i high_bytes = _mm512_cvtepi32_epi8(high), low_bytes = _mm512_cvtepi32_epi8(low);
-        _mm_storeu_si128((__m128i*)quads, _mm_unpacklo_epi32(high_bytes, low_bytes));
-        _mm_storeu_si128((__m128i*)(quads + stride), _mm_unpackhi_epi32(high_bytes, low_bytes));
-    }
-    const int32_t high = _mm512_reduce_add_epi32(high_sum), low = _mm512_reduce_add_epi32(low_sum);
-    const float total = step * (256.0f * high + low);
-    if (BITS == 8) return {step, total, -128 * high, -128 * low};
-    return {step, total, 0, -8 * (256 * high + low)};  // high and low are added up before they are scaled
-}
-
-// A block times ROWS tokens. w: [K / 8, 2, 32, 4] of int8; [K / 8, 32, 4] of int4, the first four inputs in the lower
-// halves. scales: float [32] of int8; bfloat16 [G, 2, 32] of int4, scale and zero.
-template <int BITS, int ROWS>
-void multiply(const uint8_t* w, const void* scales, const Tokens& tokens, int64_t k, int64_t groups, __m512 y[][2]) {
-    const __m512i mask = _mm512_set1_epi8(15);
-    const int32_t* quads = tokens.quads.data();
-    const Group* group = tokens.groups.data();
-    UNROLL for (int r = 0; r < ROWS; r++) y[r][0] = y[r][1] = _mm512_setzero_ps();
-    for (int64_t g = 0; g < groups; g++, group += ROWS) {
-        __m512i high[ROWS][2], low[ROWS][2];
-        UNROLL for (int r = 0; r < ROWS; r++)
-            UNROLL for (int b = 0; b < 2; b++) {
-                high[r][b] = _mm512_set1_epi32(group[r].high_start);
-                low[r][b] = _mm512_set1_epi32(group[r].low_start);
-            }
-        for (int64_t turn = 0; turn < k / groups / TURN; turn++, w += BLOCK * BITS, quads += 4 * ROWS) {
-            for (int i = 0; i < BLOCK * BITS; i += 64) _mm_prefetch((const char*)w + AHEAD + i, _MM_HINT_T0);
-            for (int half = 0; half < 2; half++) {
-                __m512i codes[2];
-                UNROLL for (int b = 0; b < 2; b++) {
-                    codes[b] = _mm512_loadu_si512(w + (BITS == 8 ? 2 * half + b : b) * 64);
-                    if (BITS == 4) codes[b] = _mm512_and_si512(half ? _mm512_srli_epi16(codes[b], 4) : codes[b], mask);
-                }
-                UNROLL for (int r = 0; r < ROWS; r++) {
-                    const __m512i h = _mm512_set1_epi32(quads[4 * r + 2 * half]);
-                    const __m512i l = _mm512_set1_epi32(quads[4 * r + 2 * half + 1]);
-                    UNROLL for (int b = 0; b < 2; b++) {
-                        high[r][b] = _mm512_dpbusd_epi32(high[r][b], codes[b], h);
-                        low[r][b] = _mm512_dpbusd_epi32(low[r][b], codes[b], l);
-                    }
-                }
-            }
-        }
-        UNROLL for (int b = 0; b < 2; b++) {
-            const bfloat16* lines = (const bfloat16*)scales + g * 2 * BLOCK + b * LANES;
-            const __m512 scale = BITS == 8 ? load((const float*)scales + b * LANES) : load(lines);
-            const __m512 zero = BITS == 8 ? scale : load(lines + BLOCK);
-            UNROLL for (int r = 0; r < ROWS; r++) {
-                const __m512i h = high[r][b], l = low[r][b];
-                const __m512 unit = _mm512_mul_ps(scale, _mm512_set1_ps(group[r].step));
-                if (BITS == 8) {
-                    const __m512 upper = _mm512_mul_ps(_mm512_cvtepi32_ps(h), _mm512_set1_ps(256));
-                    y[r][b] = _mm512_mul_ps(_mm512_add_ps(upper, _mm512_cvtepi32_ps(l)), unit);
-                } else {
-                    const __m512 dot = _mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_slli_epi32(h, 8), l));
-                    y[r][b] = _mm512_fmadd_ps(dot, unit, y[r][b]);
-                    y[r][b] = _mm512_fmadd_ps(_mm512_set1_ps(group[r].total), zero, y[r][b]);
-                }
-            }
-        }
-    }
-}
-
-template <int BITS, class Number>
-void multiply_all(int threads, const Number* x, const uint8_t* w, const uint8_t* scales, const float* bias, Number* y,
-                  int64_t s, int64_t n, int64_t k, int64_t groups) {
-    constexpr decltype(&multiply<BITS, 1>) kernels[] = {multiply<BITS, 1>, multiply<BITS, 2>, multiply<BITS, 3>,
-                                                        multiply<BITS, 4>, multiply<BITS, 5>, multiply<BITS, 6>};
-    std::vector<Tokens> chunks((s + MAX_TOKENS - 1) / MAX_TOKENS);
-    const int64_t n_chunks = chunks.size(), width = k / groups;
-#pragma omp parallel for num_threads(threads) if (n_chunks > 1)
-    for (int64_t i = 0; i < n_chunks; i++) {
+template <class Format, class Number>
+void multiply_all(int threads, const Format& format, const Number* x, const float* bias, Number* y, int64_t s,
+                  int64_t n) {
+    const int64_t n_chunks = (s + MAX_TOKENS - 1) / MAX_TOKENS;
+    std::vector<typename Format::Chunk> chunks(n_chunks);
+    parallel(threads, n_chunks, 1, [&](int64_t i) {
         const int64_t first = i * s / n_chunks, count = (i + 1) * s / n_chunks - first;  // of about the same size
-        Tokens& tokens = chunks[i];
-        tokens = {count, std::vector<int32_t>(k / TURN * count * 4), std::vector<Group>(groups * count)};
-        for (int64_t row = 0; row < count; row++) {
-            for (int64_t g = 0; g < groups; g++) {
-                int32_t* quads = &tokens.quads[(g * width / TURN * count + row) * 4];
-                const Number* inputs = x + (first + row) * k + g * width;
-                tokens.groups[g * count + row] = split<BITS>(inputs, width, quads, 4 * count);
+        chunks[i] = format.lay_out(x + first * format.k, count);
+    });
+    const int64_t n_blocks = (n + Format::BLOCK - 1) / Format::BLOCK;
+    parallel(threads, n_blocks, (n_blocks + threads - 1) / threads, [&](int64_t block) {
+        const int64_t start = block * Format::BLOCK, size = std::min<int64_t>(Format::BLOCK, n - start);
+        Number* out = y + start;
+        for (const auto& chunk : chunks) {
+            float sums[MAX_TOKENS][Format::BLOCK];
+            with_constant(chunk.count, [&](auto count) { format.template multiply<count>(chunk, start, size, sums); });
+            for (int64_t t = 0; t < chunk.count; t++, out += n)
+                for (int64_t i = 0; i < size; i++) narrow(sums[t][i] + (bias ? bias[start + i] : 0), out + i);
+        }
+    });
+}
+
+// bfloat16 as checkpoints hold it, row after row.
+struct Bfloat16 {
+    static constexpr int BLOCK = 32;
+    struct Chunk {
+        int64_t count;
+        std::vector<float> x;  // [K / (2 * LANES), 2, count, LANES]: the even columns, the odd columns
+    };
+    const bfloat16* w;
+    int64_t k;
+
+    template <class Number>
+    Chunk lay_out(const Number* x, int64_t count) const {
+        Chunk chunk{count, std::vector<float>((k + 2 * LANES - 1) / (2 * LANES) * (2 * LANES) * count)};
+        for (int64_t t = 0; t < count; t++, x += k) {
+            float* out = &chunk.x[t * LANES];
+            for (int64_t i = 0; i < k; i += 2 * LANES, out += count * 2 * LANES)
+                for (int64_t j = 0; j < std::min<int64_t>(2 * LANES, k - i); j++)
+                    out[j % 2 * count * LANES + j / 2] = widen(x[i + j]);
+        }
+        return chunk;
+    }
+
+    template <int TOKENS>
+    void multiply(const Chunk& chunk, int64_t start, int64_t size, float sums[][BLOCK]) const {
+        constexpr int ROWS = TOKENS > 3 ? 2 : 4;  // at a time
+        int64_t row = 0;
+        for (; row + ROWS <= size; row += ROWS) multiply_rows<TOKENS, ROWS>(chunk, start + row, row, sums);
+        for (; row < size; row++) multiply_rows<TOKENS, 1>(chunk, start + row, row, sums);
+    }
+
+    template <int TOKENS, int ROWS>
+    void multiply_rows(const Chunk& chunk, int64_t first, int64_t row, float out[][BLOCK]) const {
+        floats sums[ROWS][TOKENS] = {};
+        const float* x = chunk.x.data();
+        const auto add = [&](const ints lines[ROWS]) {
+            UNROLL for (int half = 0; half < 2; half++)
+                UNROLL for (int t = 0; t < TOKENS; t++, x += LANES) {
+                    floats inputs = load<floats>(x);
+                    KEEP(inputs);
+                    UNROLL for (int r = 0; r < ROWS; r++)
+                        sums[r][t] += (half ? odd(lines[r]) : even(lines[r])) * inputs;
+                }
+        };
+        ints lines[ROWS];
+        const bfloat16* line = w + first * k;
+        // Ahead is as much of the rows that follow as is 16 KB or more behind: 13.7 GB/s become 17 with it.
+        const int64_t ahead = (PREFETCH / 2 + ROWS * k - 1) / (ROWS * k) * (ROWS * k);
+        int64_t i = 0;
+        for (; i + 2 * LANES <= k; i += 2 * LANES) {
+            UNROLL for (int r = 0; r < ROWS; r++) {
+                lines[r] = load<ints>(line + r * k + i);
+                if (i % 32 == 0) __builtin_prefetch(line + r * k + i + ahead);
+            }
+            add(lines);
+        }
+        if (i < k) {
+            UNROLL for (int r = 0; r < ROWS; r++) lines[r] = load_pairs(line + r * k + i, k - i);
+            add(lines);
+        }
+        UNROLL for (int r = 0; r < ROWS; r++)
+            UNROLL for (int t = 0; t < TOKENS; t++) out[t][row + r] = sum_lanes(sums[r][t]);
+    }
+};
+
+// int8 and int4, whose sums within a group (of int8: within a row) are exact integers on every CPU. An activation is a
+// 16-bit number: x = step * whole, rounded to 2^-16 of the range of its group. A block is two registers of outputs; a
+// 32-bit lane has an output's next codes (w + 128 of int8, 0 to 15 of int4), which shifting and masking turn into pairs
+// of 16-bit numbers.
+
+// Adds a * b, pair by pair, to 32-bit sums. No vector expression becomes this instruction: TODO
+inline ints add_pairs(ints sums, words a, words b) {
+#if defined(__AVX512VNNI__)
+    return (ints)_mm512_dpwssd_epi32((__m512i)sums, (__m512i)a, (__m512i)b);
+#elif defined(__AVX512BW__)
+    return sums + (ints)_mm512_madd_epi16((__m512i)a, (__m512i)b);
+#elif defined(__AVXVNNI__)
+    return (ints)_mm256_dpwssd_avx_epi32((__m256i)sums, (__m256i)a, (__m256i)b);
+#elif defined(__AVX2__)
+    return sums + (ints)_mm256_madd_epi16((__m256i)a, (__m256i)b);
+#elif defined(__SSE2__)
+    return sums + (ints)_mm_madd_epi16((__m128i)a, (__m128i)b);
+#else
+    const ints first = ((ints)a << 16 >> 16) * ((ints)b << 16 >> 16);
+    return sums + first + ((ints)a >> 16) * ((ints)b >> 16);
+#endif
+}
+
+// The same numbers with and without fused multiply-adds. (clang fuses nothing across statements by itself.)
+#pragma GCC push_options
+#pragma GCC optimize("fp-contract=off")
+
+template <int BITS>
+struct Integer {
+    static constexpr int BLOCK = 2 * LANES;
+    static constexpr int TURN = 8;  // inputs at a time
+    // Sums of these many inputs fit 32 bits: 128 * 255 * 2^15 / 2 pairs of int8. Python's side keeps groups below.
+    static constexpr int MOST = BITS == 8 ? 256 : 4096;
+    struct Group {          // of a token's inputs
+        float step, total;  // total: of the inputs
+        int64_t sum;        // of the 16-bit numbers
+    };
+    struct Chunk {
+        int64_t count;
+        std::vector<int16_t> x;  // [K / 8, count, 8]
+        std::vector<Group> groups;  // [G, count]
+    };
+    const uint8_t* w;      // [N / BLOCK, K * BITS / 32, BLOCK, 4 bytes]
+    const uint8_t* scales;  // float [N] of int8; bfloat16 [N / BLOCK, G, BLOCK, 2] of int4, scale and zero
+    int64_t k, groups;
+
+    template <class Number>
+    Chunk lay_out(const Number* x, int64_t count) const {
+        const int64_t width = k / groups;
+        Chunk chunk{count, std::vector<int16_t>(k * count), std::vector<Group>(groups * count)};
+        for (int64_t t = 0; t < count; t++)
+            for (int64_t g = 0; g < groups; g++)
+                chunk.groups[g * count + t] =
+                    round_group(x + t * k + g * width, width, &chunk.x[(g * width * count) + t * TURN], count * TURN);
+        return chunk;
+    }
+
+    template <class Number>
+    static Group round_group(const Number* x, int64_t n, int16_t* out, int64_t stride) {
+        int32_t largest = 0;  // as bits, which order like the numbers, infinity and NaN last
+        for (int64_t i = 0; i < n; i++) {
+            const float value = widen(x[i]);
+            largest = std::max(largest, load<int32_t>(&value) & 0x7fffffff);
+        }
+        const float most = load<float>(&largest);
+        if (!(most < INFINITY)) return {NAN, NAN, 0};
+        const float step = std::max(most, 1e-30f) / (127 * 256);
+        int64_t sum = 0;
+        for (int64_t i = 0; i < n; i += TURN, out += stride) {
+            int32_t part = 0;
+            UNROLL for (int j = 0; j < TURN; j++) {
+                const float nearest = widen(x[i + j]) / step + 12582912.0f;  // 1.5 * 2^23: its unit is 1
+                part += out[j] = load<int32_t>(&nearest);
+            }
+            sum += part;
+        }
+        return {step, step * sum, sum};
+    }
+
+    template <int TOKENS>
+    void multiply(const Chunk& chunk, int64_t start, int64_t, float out[][BLOCK]) const {
+        const uint8_t* codes = w + start * k * BITS / 8;
+        const int16_t* x = chunk.x.data();
+        const int64_t width = k / groups;
+        floats sums[TOKENS][2] = {};
+        doubles exact[TOKENS][2] = {};
+        for (int64_t g = 0; g < groups; g++) {
+            const Group* group = &chunk.groups[g * TOKENS];
+            for (int64_t i = 0; i < width; i += MOST) {
+                ints dots[TOKENS][2];
+                UNROLL for (int t = 0; t < TOKENS; t++)
+                    dots[t][0] = dots[t][1] = ints{} + (BITS == 4 ? int32_t(-8 * group[t].sum) : 0);
+                const int64_t n = std::min<int64_t>(MOST, width - i) / TURN;
+                for (int64_t turn = 0; turn < n; turn++, codes += BLOCK * BITS, x += TOKENS * TURN)
+                    multiply_turn<TOKENS>(codes, x, dots);
+                if (BITS == 8)
+                    UNROLL for (int t = 0; t < TOKENS; t++)
+                        UNROLL for (int b = 0; b < 2; b++)
+                            exact[t][b] += __builtin_convertvector(dots[t][b], doubles);
+                else
+                    scale_group<TOKENS>(g, start, group, dots, sums);
             }
         }
+        if (BITS == 8) scale_rows<TOKENS>(start, chunk.groups.data(), exact, sums);
+        UNROLL for (int t = 0; t < TOKENS; t++)
+            UNROLL for (int b = 0; b < 2; b++) store(out[t] + b * LANES, sums[t][b]);
     }
-    const int64_t block_bytes = BLOCK * k * BITS / 8, scale_bytes = BLOCK * groups * 4;
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t block = 0; block < (n + BLOCK - 1) / BLOCK; block++) {
-        Number* out = y;
-        for (const Tokens& tokens : chunks) {
-            __m512 sums[MAX_TOKENS][2];
-            kernels[tokens.count - 1](w + block * block_bytes, scales + block * scale_bytes, tokens, k, groups, sums);
-            for (int64_t row = 0; row < tokens.count; row++, out += n) {
-                for (int64_t b = 0, first = block * BLOCK; b < 2 && first < n; b++, first += LANES) {
-                    const __mmask16 real = first_lanes(n - first);
-                    const __m512 offset = bias ? _mm512_maskz_loadu_ps(real, bias + first) : _mm512_setzero_ps();
-                    store(out + first, real, _mm512_add_ps(sums[row][b], offset));
+
+    template <int TOKENS>
+    static inline void multiply_turn(const uint8_t* codes, const int16_t* x, ints dots[TOKENS][2]) {
+        for (int i = 0; i < BLOCK * BITS; i += 64) __builtin_prefetch(codes + PREFETCH + i);
+        UNROLL for (int part = 0; part < (BITS == 8 ? 2 : 1); part++) {
+            words lanes[2];
+            UNROLL for (int b = 0; b < 2; b++) lanes[b] = load<words>(codes + (2 * part + b) * 4 * LANES);
+            UNROLL for (int pair = 0; pair < 16 / BITS; pair++) {
+                words numbers[2];
+                UNROLL for (int b = 0; b < 2; b++) {
+                    numbers[b] = pair ? lanes[b] >> pair * BITS : lanes[b];
+                    if (pair < 16 / BITS - 1) numbers[b] &= uint16_t((1 << BITS) - 1);
+                }
+                UNROLL for (int t = 0; t < TOKENS; t++) {
+                    const ints inputs = ints{} + load<int32_t>(x + t * TURN + 4 * part + 2 * pair);
+                    UNROLL for (int b = 0; b < 2; b++) dots[t][b] = add_pairs(dots[t][b], numbers[b], (words)inputs);
                 }
             }
         }
     }
-}
+
+    template <int TOKENS>
+    void scale_rows(int64_t start, const Group* group, doubles exact[TOKENS][2], floats sums[TOKENS][2]) const {
+        UNROLL for (int t = 0; t < TOKENS; t++)
+            UNROLL for (int b = 0; b < 2; b++) {
+                const floats whole = __builtin_convertvector(exact[t][b] - 128.0 * group[t].sum, floats);
+                sums[t][b] = whole * (load<floats>((const float*)scales + start + b * LANES) * group[t].step);
+            }
+    }
+
+    template <int TOKENS>
+    void scale_group(int64_t g, int64_t start, const Group* group, ints dots[TOKENS][2], floats sums[TOKENS][2]) const {
+        UNROLL for (int b = 0; b < 2; b++) {
+            const ints pairs = load<ints>(scales + (start * groups + g * BLOCK + b * LANES) * 4);
+            const floats scale = even(pairs), zero = odd(pairs);
+            UNROLL for (int t = 0; t < TOKENS; t++) {
+                const floats product = __builtin_convertvector(dots[t][b], floats) * (scale * group[t].step);
+                const floats offset = zero * group[t].total;
+                sums[t][b] = sums[t][b] + product;
+                sums[t][b] = sums[t][b] + offset;
+            }
+        }
+    }
+};
+
+#pragma GCC pop_options
 
 // ---- Attention: y [S, H, d] of queries q [H, S, d] to keys and values [G, T, d], all bfloat16.
 //
 // H/G query heads share one head of keys and values, and with S tokens they are the H/G * S rows of this head. Up to 64
 // rows read it together, 128 slots at a time, with a softmax that is corrected as larger scores come up (online
-// normalizer, arXiv 1805.02867). Products are of pairs of bfloat16 numbers, summed up in float32. If there are fewer
-// such tiles of rows than threads, the slots are cut into parts, so that every thread has work.
+// normalizer, arXiv 1805.02867). If there are fewer such tiles of rows than threads, the slots are cut into parts, so
+// that every thread has work.
 
-constexpr int TILE = 64;            // rows
-constexpr int SLOTS = 128;          // at a time
-constexpr int MAX_ROWS = 8;         // at a time, whose sums fit the registers
-constexpr int COLUMNS = 2 * LANES;  // a register full of bfloat16 numbers
-constexpr int MAX_WIDTH = 256;
-constexpr float LEAST = -1e30f;  // below every score
+constexpr int TILE = 64;                   // rows
+constexpr int SLOTS = 128;                 // at a time
+constexpr int MAX_ROWS = 6;                // at a time, whose sums fit 16 registers
+constexpr int COLUMNS = 2 * LANES;         // a register of bfloat16 numbers
+constexpr int MAX_WIDTH = 256;             // of a head
+constexpr int STRIDE = MAX_WIDTH + LANES;  // between queries, not a power of two
+constexpr float LEAST = -1e30f;            // below every score
 
-// Adds a * b, pair by pair, to 16 sums.
-inline __m512 add_pairs(__m512 sums, __m512i a, __m512i b) {
-#ifdef __AVX512BF16__
-    return _mm512_dpbf16_ps(sums, (__m512bh)a, (__m512bh)b);
-#else
-    const __m512i upper = _mm512_set1_epi32(0xffff0000);
-    const __m512i first = _mm512_slli_epi32(a, 16), second = _mm512_and_si512(a, upper);
-    sums = _mm512_fmadd_ps((__m512)first, (__m512)_mm512_slli_epi32(b, 16), sums);
-    return _mm512_fmadd_ps((__m512)second, (__m512)_mm512_and_si512(b, upper), sums);
-#endif
-}
+inline floats select(ints mask, floats a, floats b) { return (floats)((mask & (ints)a) | (~mask & (ints)b)); }
 
 // 2^x for x <= 0: the whole part by the exponent, the rest by the series of e^y, whose next term is below 2e-7.
-inline __m512 exp2(__m512 x) {
-    x = _mm512_max_ps(_mm512_set1_ps(-200), x);  // in this order NaN stays
-    const __m512 whole = _mm512_roundscale_ps(x, 0), one = _mm512_set1_ps(1);
-    const __m512 y = _mm512_mul_ps(_mm512_sub_ps(x, whole), _mm512_set1_ps(M_LN2));
-    __m512 sum = one;
-    UNROLL for (int i = 6; i > 0; i--) sum = _mm512_fmadd_ps(_mm512_mul_ps(y, _mm512_set1_ps(1.0f / i)), sum, one);
-    return _mm512_scalef_ps(sum, whole);
+inline floats exp2(floats x) {
+    const floats none = {}, one = none + 1, least = none - 126;
+    x = select(x < least, least, select(x > none, none, x));  // NaN stays
+    const floats shifted = x + 12582912.0f, y = (x - (shifted - 12582912.0f)) * (float)M_LN2;  // 1.5 * 2^23
+    floats sum = one;
+    UNROLL for (int i = 6; i > 0; i--) sum = y * (1.0f / i) * sum + one;
+    return (floats)((ints)sum + ((ints)shifted << 23));
 }
 
-// 32 numbers of a line, 0 behind its end.
-inline __m512i load_columns(const bfloat16* line, int64_t column, int64_t width) {
-    const __mmask32 real = width - column >= COLUMNS ? ~0u : (1u << (width - column)) - 1;
-    return _mm512_maskz_loadu_epi16(real, line + column);
-}
-
-// 16 lines of 16 pairs: out[i] has the i-th of each.
-inline void transpose(const __m512i lines[LANES], __m512i out[LANES]) {
-    __m512i twos[LANES], fours[LANES];
-    UNROLL for (int i = 0; i < LANES; i += 2) {
-        twos[i] = _mm512_unpacklo_epi32(lines[i], lines[i + 1]);
-        twos[i + 1] = _mm512_unpackhi_epi32(lines[i], lines[i + 1]);
-    }
-    UNROLL for (int i = 0; i < LANES; i += 4) {  // fours[i + j]: of lines i to i + 3 the pairs j, j + 4, j + 8, j + 12
-        UNROLL for (int j = 0; j < 2; j++) {
-            fours[i + 2 * j] = _mm512_unpacklo_epi64(twos[i + j], twos[i + 2 + j]);
-            fours[i + 2 * j + 1] = _mm512_unpackhi_epi64(twos[i + j], twos[i + 2 + j]);
+// 1 or COUNT registers of lines, of which pair j of line i becomes pair i of line j.
+template <int HALF = LANES / 2>
+inline void transpose(ints lines[LANES]) {
+    UNROLL for (int i = 0; i < LANES; i++) {
+        if (i & HALF) continue;
+        ints first, second;
+        UNROLL for (int j = 0; j < LANES; j++) {
+            first[j] = j & HALF ? lines[i + HALF][j - HALF] : lines[i][j];
+            second[j] = j & HALF ? lines[i + HALF][j] : lines[i][j + HALF];
         }
+        lines[i] = first, lines[i + HALF] = second;
     }
-    UNROLL for (int j = 0; j < 4; j++) {
-        const __m512i even_upper = _mm512_shuffle_i32x4(fours[j], fours[4 + j], 0x88);
-        const __m512i odd_upper = _mm512_shuffle_i32x4(fours[j], fours[4 + j], 0xdd);
-        const __m512i even_lower = _mm512_shuffle_i32x4(fours[8 + j], fours[12 + j], 0x88);
-        const __m512i odd_lower = _mm512_shuffle_i32x4(fours[8 + j], fours[12 + j], 0xdd);
-        out[j] = _mm512_shuffle_i32x4(even_upper, even_lower, 0x88);
-        out[j + 4] = _mm512_shuffle_i32x4(odd_upper, odd_lower, 0x88);
-        out[j + 8] = _mm512_shuffle_i32x4(even_upper, even_lower, 0xdd);
-        out[j + 12] = _mm512_shuffle_i32x4(odd_upper, odd_lower, 0xdd);
-    }
+    if constexpr (HALF > 1) transpose<HALF / 2>(lines);
 }
 
 // A query and what it has seen of a part of the slots. A slot weighs 2^(score - largest).
 struct Row {
-    const int32_t* q;      // [d / 2] pairs
+    const bfloat16* q;
     const uint8_t* mask;   // [T] whether it sees a slot; null: it does
     int64_t n_seen;        // but never one behind these
-    float* sums;           // [d] of values by weights, as mix leaves them; d is filled up to whole registers
+    float* sums;           // [d, filled up to whole registers] of values by weights, each register's even columns first
     float largest, total;  // of the scores, of the weights
     float shrink;          // what earlier weights are multiplied with, since largest has grown
 };
 
-// Scores of 16 slots, not scaled yet. keys: [d / 2, 16] pairs; scores: [ROWS, SLOTS] from the first on.
+// Scores of COLUMNS slots. q: [ROWS, STRIDE]; keys: [d, COLUMNS]; scores: [ROWS, SLOTS] from the first on.
 template <int ROWS>
-void score(const Row* rows, const __m512i* keys, int64_t pairs, float* scores) {
-    __m512 sums[ROWS];
-    UNROLL for (int r = 0; r < ROWS; r++) sums[r] = _mm512_setzero_ps();
-    for (int64_t i = 0; i < pairs; i++)
-        UNROLL for (int r = 0; r < ROWS; r++) sums[r] = add_pairs(sums[r], keys[i], _mm512_set1_epi32(rows[r].q[i]));
-    UNROLL for (int r = 0; r < ROWS; r++) _mm512_storeu_ps(scores + r * SLOTS, sums[r]);
+void score(const float* q, const floats* keys, int64_t width, float* scores) {
+    floats sums[ROWS][2] = {};
+    for (int64_t i = 0; i < width; i++, keys += 2)
+        UNROLL for (int r = 0; r < ROWS; r++)
+            UNROLL for (int b = 0; b < 2; b++) sums[r][b] += q[r * STRIDE + i] * keys[b];
+    UNROLL for (int r = 0; r < ROWS; r++)
+        UNROLL for (int b = 0; b < 2; b++) store(scores + r * SLOTS + b * LANES, sums[r][b]);
 }
 
-// Which of n slots a row sees, 16 by 16; the result is 0 if it sees none.
-int look(const Row& row, int64_t first, int64_t n, __mmask16* seen) {
-    int any = 0;
-    for (int64_t t = 0; t < n; t += LANES, seen++) {
-        *seen = first_lanes(std::min(first + n, row.n_seen) - first - t);
-        if (row.mask) {
-            const __m128i bytes = _mm_maskz_loadu_epi8(*seen, row.mask + first + t);
-            *seen = _mm_test_epi8_mask(bytes, bytes);
-        }
-        any |= *seen;
-    }
+// Which of n slots a row sees, as -1 and 0; whether it sees any.
+bool look(const Row& row, int64_t first, int64_t n, int32_t* seen) {
+    int32_t any = 0;
+    std::fill(seen, seen + SLOTS, 0);
+    n = std::min(n, row.n_seen - first);
+    for (int64_t t = 0; t < n; t++) any |= seen[t] = row.mask ? -(row.mask[first + t] != 0) : -1;
     return any;
 }
 
-// Turns a row's scores of n slots into weights, and rounds them.
-void weigh(Row& row, float scale, float* scores, int64_t n, const __mmask16* seen, bfloat16* weights) {
-    __m512 largest = _mm512_set1_ps(row.largest), total = _mm512_setzero_ps();
+// Turns a row's scores of n slots into weights.
+void weigh(Row& row, float* scores, int64_t n, const int32_t* seen) {
+    floats largest = floats{} + row.largest, total = {};
     for (int64_t t = 0; t < n; t += LANES) {
-        const __m512 scaled = _mm512_mul_ps(load(scores + t), _mm512_set1_ps(scale));
-        _mm512_storeu_ps(scores + t, scaled);
-        largest = _mm512_mask_max_ps(largest, seen[t / LANES], largest, scaled);
+        const floats x = load<floats>(scores + t);
+        largest = select(load<ints>(seen + t) & (x > largest), x, largest);
     }
-    const float top = _mm512_reduce_max_ps(largest);
+    float top = row.largest;
+    UNROLL for (int i = 0; i < LANES; i++) top = std::max(top, largest[i]);
     for (int64_t t = 0; t < n; t += LANES) {
-        const __m512 weight = exp2(_mm512_sub_ps(load(scores + t), _mm512_set1_ps(top)));
-        const __m512 kept = _mm512_maskz_mov_ps(seen[t / LANES], weight);
-        total = _mm512_add_ps(total, kept);
-        store(weights + t, 0xffff, kept);
+        const floats weight = select(load<ints>(seen + t), exp2(load<floats>(scores + t) - top), floats{});
+        total += weight;
+        store(scores + t, weight);
     }
     row.shrink = std::exp2(row.largest - top);
-    row.total = row.total * row.shrink + _mm512_reduce_add_ps(total);
+    row.total = row.total * row.shrink + sum_lanes(total);
     row.largest = top;
 }
 
-// Adds 32 columns of n values to the sums: first those of columns 0 to 3, 8 to 11, ..., then the others' (unpacking
-// works within quarters of a register). v: [n, d] from its column on; weights: [ROWS, SLOTS].
+// Adds COLUMNS columns of n values to the sums. v: [n, d] from its column on; weights: [ROWS, SLOTS].
 template <int ROWS>
-void mix(const Row* rows, const bfloat16* v, int64_t column, int64_t n, int64_t width, const bfloat16* weights) {
-    __m512 parts[ROWS][2];
+void mix(const Row* rows, const bfloat16* v, int64_t column, int64_t n, int64_t width, const float* weights) {
+    floats sums[ROWS][2];
     UNROLL for (int r = 0; r < ROWS; r++)
         UNROLL for (int b = 0; b < 2; b++)
-            parts[r][b] = _mm512_mul_ps(load(rows[r].sums + column + b * LANES), _mm512_set1_ps(rows[r].shrink));
-    for (int64_t t = 0; t < n; t += 2) {
-        const __m512i even = load_columns(v + t * width, column, width);
-        const __m512i odd = load_columns(v + std::min(t + 1, n - 1) * width, column, width);  // past the end: weighs 0
-        const __m512i low = _mm512_unpacklo_epi16(even, odd), high = _mm512_unpackhi_epi16(even, odd);
-        UNROLL for (int r = 0; r < ROWS; r++) {
-            const __m512i pair = _mm512_set1_epi32(*(const int32_t*)(weights + r * SLOTS + t));
-            parts[r][0] = add_pairs(parts[r][0], low, pair);
-            parts[r][1] = add_pairs(parts[r][1], high, pair);
-        }
+            sums[r][b] = load<floats>(rows[r].sums + column + b * LANES) * rows[r].shrink;
+    for (int64_t t = 0; t < n; t++) {
+        const ints pairs = load_pairs(v + t * width + column, width - column);
+        const floats values[2] = {even(pairs), odd(pairs)};
+        UNROLL for (int r = 0; r < ROWS; r++)
+            UNROLL for (int b = 0; b < 2; b++) sums[r][b] += weights[r * SLOTS + t] * values[b];
     }
     UNROLL for (int r = 0; r < ROWS; r++)
-        UNROLL for (int b = 0; b < 2; b++) _mm512_storeu_ps(rows[r].sums + column + b * LANES, parts[r][b]);
+        UNROLL for (int b = 0; b < 2; b++) store(rows[r].sums + column + b * LANES, sums[r][b]);
 }
 
-void ask_for(const bfloat16* p, int64_t n) {
-    for (int64_t i = 0; i < n; i += COLUMNS) _mm_prefetch((const char*)(p + i), _MM_HINT_T0);
-}
-
-// Rows of one head look at its slots first to last. Asking early for what comes next makes it 1.2 to 1.7 times faster.
-void attend_part(Row* rows, int64_t n_rows, const bfloat16* k, const bfloat16* v, int64_t first, int64_t last,
-                 int64_t width) {
-    constexpr decltype(&score<1>) score_rows[] = {score<1>, score<2>, score<3>, score<4>,
-                                                  score<5>, score<6>, score<7>, score<8>};
-    constexpr decltype(&mix<1>) mix_rows[] = {mix<1>, mix<2>, mix<3>, mix<4>, mix<5>, mix<6>, mix<7>, mix<8>};
-    const float scale = M_LOG2E / std::sqrt((float)width);
-    std::vector<float> scores(n_rows * SLOTS);
-    std::vector<bfloat16> weights(n_rows * SLOTS);
-    __mmask16 seen[TILE][SLOTS / LANES];
-    __m512i keys[MAX_WIDTH / 2];
-    for (int64_t start = first; start < last; start += SLOTS) {
-        const int64_t n = std::min<int64_t>(SLOTS, last - start);
-        int any = 0;
-        for (int64_t r = 0; r < n_rows; r++) any |= look(rows[r], start, n, seen[r]);
-        if (!any) continue;
-        for (int64_t t = 0; t < n; t += LANES) {
-            ask_for(v + (start + t) * width, LANES * width);
-            for (int64_t column = 0; column < width; column += COLUMNS) {
-                __m512i lines[LANES];
-                UNROLL for (int i = 0; i < LANES; i++)
-                    lines[i] = load_columns(k + std::min(start + t + i, last - 1) * width, column, width);
-                transpose(lines, keys + column / 2);
-            }
-            for (int64_t r = 0; r < n_rows; r += MAX_ROWS) {
-                float* first_score = &scores[r * SLOTS + t];
-                score_rows[std::min<int64_t>(MAX_ROWS, n_rows - r) - 1](rows + r, keys, width / 2, first_score);
+// COLUMNS slots' keys, one below the other: [d, COLUMNS]; those behind the last slot are copies of it.
+void turn_keys(const bfloat16* k, int64_t first, int64_t last, int64_t width, floats* keys) {
+    for (int64_t column = 0; column < width; column += COLUMNS, keys += 2 * COLUMNS) {
+        for (int b = 0; b < 2; b++) {
+            ints lines[LANES];
+            UNROLL for (int i = 0; i < LANES; i++)
+                lines[i] = load_pairs(k + std::min(first + b * LANES + i, last - 1) * width + column, width - column);
+            transpose(lines);
+            UNROLL for (int i = 0; i < LANES; i++) {
+                keys[4 * i + b] = even(lines[i]);
+                keys[4 * i + 2 + b] = odd(lines[i]);
             }
         }
-        for (int64_t r = 0; r < n_rows; r++) weigh(rows[r], scale, &scores[r * SLOTS], n, seen[r], &weights[r * SLOTS]);
-        ask_for(k + (start + SLOTS) * width, SLOTS * width);
+    }
+}
+
+// Rows of one head look at its slots first to last.
+void attend_part(Row* rows, int64_t n_rows, const bfloat16* k, const bfloat16* v, int64_t first, int64_t last,
+                 int64_t width) {
+    const float scale = M_LOG2E / std::sqrt((float)width);
+    std::vector<float> q(n_rows * STRIDE), scores(n_rows * SLOTS);
+    std::vector<int32_t> seen(n_rows * SLOTS);
+    floats keys[MAX_WIDTH * 2];
+    for (int64_t r = 0; r < n_rows; r++)
+        for (int64_t i = 0; i < width; i++) q[r * STRIDE + i] = widen(rows[r].q[i]) * scale;
+    const auto each_rows = [&](auto run) {
+        for (int64_t r = 0; r < n_rows; r += MAX_ROWS)
+            with_constant(std::min<int64_t>(MAX_ROWS, n_rows - r), [&](auto count) { run(r, count); });
+    };
+    for (int64_t start = first; start < last; start += SLOTS) {
+        const int64_t n = std::min<int64_t>(SLOTS, last - start);
+        bool any = false;
+        for (int64_t r = 0; r < n_rows; r++) any |= look(rows[r], start, n, &seen[r * SLOTS]);
+        if (!any) continue;
+        for (int64_t t = 0; t < n; t += COLUMNS) {
+            turn_keys(k, start + t, last, width, keys);
+            each_rows([&](int64_t r, auto count) { score<count>(&q[r * STRIDE], keys, width, &scores[r * SLOTS + t]); });
+        }
+        for (int64_t r = 0; r < n_rows; r++) weigh(rows[r], &scores[r * SLOTS], n, &seen[r * SLOTS]);
         for (int64_t column = 0; column < width; column += COLUMNS)
-            for (int64_t r = 0; r < n_rows; r += MAX_ROWS)
-                mix_rows[std::min<int64_t>(MAX_ROWS, n_rows - r) - 1](rows + r, v + start * width, column, n, width,
-                                                                      &weights[r * SLOTS]);
+            each_rows([&](int64_t r, auto count) {
+                mix<count>(rows + r, v + start * width, column, n, width, &scores[r * SLOTS]);
+            });
     }
 }
 
@@ -380,18 +525,11 @@ void join(Row* rows, int64_t n_parts, int64_t stride, int64_t width, bfloat16* y
         rows[i * stride].shrink = std::exp2(rows[i * stride].largest - largest);
         total += rows[i * stride].total * rows[i * stride].shrink;
     }
-    const __m512i lower = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);  // see mix
-    const __m512i upper = _mm512_add_epi32(lower, _mm512_set1_epi32(8));
-    for (int64_t column = 0; column < width; column += COLUMNS) {
-        __m512 first = _mm512_setzero_ps(), second = first;
-        for (int64_t i = 0; i < n_parts; i++) {
-            const Row& row = rows[i * stride];
-            const __m512 weight = _mm512_set1_ps(row.shrink / total);
-            first = _mm512_fmadd_ps(weight, load(row.sums + column), first);
-            second = _mm512_fmadd_ps(weight, load(row.sums + column + LANES), second);
-        }
-        store(y + column, first_lanes(width - column), _mm512_permutex2var_ps(first, lower, second));
-        store(y + column + LANES, first_lanes(width - column - LANES), _mm512_permutex2var_ps(first, upper, second));
+    for (int64_t column = 0; column < width; column++) {
+        const int64_t place = column / COLUMNS * COLUMNS + column % 2 * LANES + column % COLUMNS / 2;
+        float sum = 0;
+        for (int64_t i = 0; i < n_parts; i++) sum += rows[i * stride].sums[place] * (rows[i * stride].shrink / total);
+        narrow(sum, y + column);
     }
 }
 
@@ -399,12 +537,16 @@ void join(Row* rows, int64_t n_parts, int64_t stride, int64_t width, bfloat16* y
 
 extern "C" {
 
-// is_float: x and y are float32, else bfloat16.
-void block_product(int bits, int is_float, int threads, const void* x, const uint8_t* w, const uint8_t* scales,
-                   const float* bias, void* y, int64_t s, int64_t n, int64_t k, int64_t groups) {
+int block_outputs() { return 2 * LANES; }
+
+// bits: 16 (bfloat16), 8 or 4, of the weights. is_float: x and y are float32, else bfloat16.
+void product(int bits, int is_float, int threads, const void* x, const void* w, const void* scales, const float* bias,
+             void* y, int64_t s, int64_t n, int64_t k, int64_t groups) {
     const auto run = [&](auto* x, auto* y) {
-        if (bits == 8) multiply_all<8>(threads, x, w, scales, bias, y, s, n, k, groups);
-        if (bits == 4) multiply_all<4>(threads, x, w, scales, bias, y, s, n, k, groups);
+        const auto *codes = (const uint8_t*)w, *lines = (const uint8_t*)scales;
+        if (bits == 16) multiply_all(threads, Bfloat16{(const bfloat16*)w, k}, x, bias, y, s, n);
+        if (bits == 8) multiply_all(threads, Integer<8>{codes, lines, k, groups}, x, bias, y, s, n);
+        if (bits == 4) multiply_all(threads, Integer<4>{codes, lines, k, groups}, x, bias, y, s, n);
     };
     if (is_float)
         run((const float*)x, (float*)y);
@@ -423,26 +565,24 @@ void attend(int threads, int64_t n_seen, const bfloat16* q, const bfloat16* k, c
     const int64_t n_parts = std::min((threads + n_tasks - 1) / n_tasks, (n_blocks + 3) / 4);  // of 4 blocks or more
     std::vector<Row> rows(groups * n_parts * n_rows);  // [G, parts, rows]
     std::vector<float> sums(rows.size() * padded);
-#pragma omp parallel for num_threads(threads) schedule(dynamic)
-    for (int64_t i = 0; i < n_tasks * n_parts; i++) {
+    parallel(threads, n_tasks * n_parts, 1, [&](int64_t i) {
         const int64_t tile = i % n_tiles, part = i / n_tiles % n_parts, group = i / n_tiles / n_parts;
         const int64_t first_row = tile * TILE, last_row = std::min(n_rows, first_row + TILE);
         Row* own = &rows[(group * n_parts + part) * n_rows];
         for (int64_t r = first_row; r < last_row; r++) {
             const int64_t head = group * share + r / s, token = r % s;
-            own[r] = {(const int32_t*)(q + head * q_head + token * q_token), mask ? mask + token * mask_token : nullptr,
+            own[r] = {q + head * q_head + token * q_token, mask ? mask + token * mask_token : nullptr,
                       n_seen + token, &sums[(own + r - &rows[0]) * padded], LEAST, 0, 0};
         }
         const int64_t first = part * n_blocks / n_parts * SLOTS, last = (part + 1) * n_blocks / n_parts * SLOTS;
         attend_part(own + first_row, last_row - first_row, k + group * cache_head, v + group * cache_head, first,
                     std::min(n_slots, last), width);
-    }
-#pragma omp parallel for num_threads(threads) if (n_tiles > 1)
-    for (int64_t i = 0; i < groups * n_rows; i++) {
+    });
+    parallel(n_tiles > 1 ? threads : 1, groups * n_rows, TILE, [&](int64_t i) {
         const int64_t group = i / n_rows, r = i % n_rows;
         join(&rows[group * n_parts * n_rows + r], n_parts, n_rows, width,
              y + (r % s * n_heads + group * share + r / s) * width);
-    }
+    });
 }
 
 }  // extern "C"
