@@ -539,6 +539,24 @@ extern "C" {
 
 int block_outputs() { return 2 * LANES; }
 
+const char* instruction_set() {
+#if defined(__AVX512VNNI__) && defined(__AVX512BW__)
+    return "AVX-512 VNNI";
+#elif defined(__AVX512BW__)
+    return "AVX-512";
+#elif defined(__AVXVNNI__) && defined(__AVX2__)
+    return "AVX-VNNI";
+#elif defined(__AVX2__)
+    return "AVX2";
+#elif defined(__SSE2__)
+    return "SSE2";
+#elif defined(__ARM_NEON)
+    return "NEON";
+#else
+    return "any CPU";
+#endif
+}
+
 // bits: 16 (bfloat16), 8 or 4, of the weights. is_float: x and y are float32, else bfloat16.
 void product(int bits, int is_float, int threads, const void* x, const void* w, const void* scales, const float* bias,
              void* y, int64_t s, int64_t n, int64_t k, int64_t groups) {

@@ -1,20 +1,23 @@
 """What CPUs do faster than PyTorch by itself: cpu.cpp, built on first use, and oneDNN's order of weights.
 
-Knows the CPU's instructions, compilers and operators. Does not know how weights are quantized and packed (quantize.py),
-nor what layers are put together to.
+Knows the CPU's instructions, compilers and operators, and in which order cpu.cpp reads weights. Does not know how
+weights are quantized (quantize.py), nor what layers are put together to.
 
-Shapes: S tokens, N output features, K input features, T cache slots, H query heads, G key/value heads, d head width.
+Shapes: S tokens, N output features, K input features, G groups of a row, T cache slots, H query heads, G key/value
+heads of attention, d head width.
 """
 
 import contextlib
 import ctypes
 import hashlib
 import os
+import platform
 import shlex
 import shutil
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -24,48 +27,63 @@ from torch import Tensor, library, nn
 
 import model
 
-# -fno-tree-pre: with that optimization GCC keeps more values than there are registers. -fopenmp is for compiling only:
-# linked without it, and with PyTorch's library, the code uses the OpenMP that PyTorch uses, and its threads.
-FLAGS = ["-O3", "-std=c++17", "-fPIC", "-fopenmp", "-fno-tree-pre"]
-NEEDED = {"avx512f", "avx512bw", "avx512vl", "avx512_vnni"}  # as /proc/cpuinfo names them
-USEFUL = {"avx512_bf16"}
+# -fno-tree-pre: with that optimization GCC keeps more values than there are registers.
+FLAGS = ["-O3", "-std=c++17", "-fPIC", "-fno-tree-pre"]
 MAX_HEAD_DIM = 256  # of the attention
 SLAB = 1024  # tokens that it works on at a time, so that what it needs meanwhile stays small
+TURN = 8  # inputs of int8 and int4 that cpu.cpp reads at a time
+MAX_GROUP = 4096  # inputs of a group of int4 whose sums fit 32 bits
+
+
+class UnsupportedByKernel(Exception):
+    """A kernel does not serve this layer, dtype or machine: the next one is tried."""
+
+
+def cpu_features() -> set[str]:
+    """The instruction sets of this CPU as /proc/cpuinfo names them; none where there is no such file."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    return set(next((line for line in lines if line.lower().startswith(("flags", "features"))), "").split())
+
+
+def target_flag() -> str:
+    """What the compiler builds for: CPU_MARCH, a value of its -march (x86-64-v3), or else the CPU at hand."""
+    if level := os.environ.get("CPU_MARCH"):
+        return f"-march={level}"
+    return "-mcpu=native" if platform.machine() in ("aarch64", "arm64") else "-march=native"
 
 
 @cache
 def kernels() -> ctypes.CDLL | None:
-    """cpu.cpp, built when it or its flags have changed; None where it cannot run or cannot be built."""
-    info = Path("/proc/cpuinfo")
-    features = set(info.read_text().split()) if info.exists() else set()
-    if not NEEDED <= features:
-        return None
+    """cpu.cpp, built when it, its flags or the CPU have changed; None where it cannot be built."""
     try:
-        loaded = build_library(sorted((NEEDED | USEFUL) & features))
+        loaded = build_library()
     except (OSError, RuntimeError, subprocess.CalledProcessError) as error:  # RuntimeError: no home folder
         lines = (getattr(error, "stderr", None) or str(error)).splitlines()
         reason = next((line for line in lines if "error" in line), lines[0] if lines else error)
         print(f"cpu.cpp cannot be used, PyTorch's slower kernels are: {reason}", file=sys.stderr)
         return None
     pointer, number = ctypes.c_void_p, ctypes.c_int64
-    loaded.block_product.argtypes = [ctypes.c_int] * 3 + [pointer] * 5 + [number] * 4
+    loaded.product.argtypes = [ctypes.c_int] * 3 + [pointer] * 5 + [number] * 4
     loaded.attend.argtypes = [ctypes.c_int, number] + [pointer] * 5 + [number] * 9
-    loaded.block_product.restype = loaded.attend.restype = None
+    loaded.product.restype = loaded.attend.restype = None
+    loaded.instruction_set.restype = ctypes.c_char_p
     return loaded
 
 
-def build_library(features: list[str]) -> ctypes.CDLL:
+def build_library() -> ctypes.CDLL:
     """From the cache, or else built and put there if it can be written. Raises OSError or CalledProcessError."""
     source, compiler = Path(__file__).with_name("cpu.cpp"), shlex.split(os.environ.get("CXX", "")) or ["g++"]
-    flags = FLAGS + [f"-m{feature.replace('_', '')}" for feature in features]
-    torch_library = str(Path(torch.__file__).parent / "lib/libtorch_cpu.so")
-    key = hashlib.sha256(source.read_bytes() + repr([compiler, flags, torch_library]).encode()).hexdigest()[:16]
+    flags, torch_library = [*FLAGS, target_flag()], str(Path(torch.__file__).parent / "lib/libtorch_cpu.so")
+    parts = compiler, flags, torch_library, sorted(cpu_features())  # machines may share the cache
+    key = hashlib.sha256(source.read_bytes() + repr(parts).encode()).hexdigest()[:16]
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "multimodal-gpt-fast"
     target = folder / f"cpu-{key}.so"
     with contextlib.suppress(OSError):
         return ctypes.CDLL(str(target))
     with tempfile.TemporaryDirectory() as scratch:
         built, linked = f"{scratch}/cpu.o", f"{scratch}/cpu.so"
+        # Linked with PyTorch's library, the code uses PyTorch's OpenMP and its threads.
         link = ["-shared", built, "-Wl,--no-as-needed", torch_library, "-o", linked]
         for step in ([*flags, "-c", str(source), "-o", built], link):
             subprocess.run([*compiler, *step], check=True, capture_output=True, text=True)
@@ -76,6 +94,11 @@ def build_library(features: list[str]) -> ctypes.CDLL:
             shutil.copy(linked, part)
             os.replace(part, target)
     return loaded
+
+
+def describe() -> str:
+    """Which build of cpu.cpp serves."""
+    return f"cpu.cpp for {kernels().instruction_set().decode()}" if kernels() else "PyTorch's CPU kernels"
 
 
 def make_operator(schema: str, backend: str, run: Callable, shape: Callable) -> Callable:
@@ -95,33 +118,32 @@ def make_operator(schema: str, backend: str, run: Callable, shape: Callable) -> 
     return call
 
 
-def multiply_blocks(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, n: int) -> Tensor:
-    """[S, N] of x [S, K], float32 or bfloat16, and the parts of a quantize.BlockLinear. RuntimeError for another K."""
-    bits, groups = (8, 1) if scale.dtype == torch.float32 else (4, scale.shape[1])
-    if x.shape[1] * bits != weight.shape[1] * 8:
-        raise RuntimeError(f"{x.shape[1]} columns times weights of {weight.shape[1] * 8 // bits}")
+def multiply(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None, n: int) -> Tensor:
+    """[S, N] of x [S, K], float32 or bfloat16, and the parts of a RowLinear or BlockLinear.
+
+    Raises RuntimeError for another K.
+    """
+    bits, groups = (16, 1) if scale is None else (8, 1) if scale.dtype == torch.float32 else (4, scale.shape[1])
+    columns = weight.shape[1] * weight.element_size() * 8 // bits
+    if x.shape[1] != columns:
+        raise RuntimeError(f"{x.shape[1]} columns times weights of {columns}")
     x, y = x.contiguous(), x.new_empty(len(x), n)
-    offset = None if bias is None else bias.data_ptr()
-    pointers = x.data_ptr(), weight.data_ptr(), scale.data_ptr(), offset, y.data_ptr()
+    pointers = (None if t is None else t.data_ptr() for t in (x, weight, scale, bias, y))
     is_float, threads = x.dtype == torch.float32, torch.get_num_threads()
-    kernels().block_product(bits, is_float, threads, *pointers, len(x), n, x.shape[1], groups)
+    kernels().product(bits, is_float, threads, *pointers, len(x), n, columns, groups)
     return y
 
 
-block_product = make_operator(
-    "block_product(Tensor x, Tensor weight, Tensor scale, Tensor? bias, int n) -> Tensor",
+product = make_operator(
+    "product(Tensor x, Tensor weight, Tensor? scale, Tensor? bias, int n) -> Tensor",
     "CPU",
-    multiply_blocks,
+    multiply,
     lambda x, weight, scale, bias, n: x.new_empty(x.shape[0], n),  # len() would fix a size that may vary
 )
 
 
 def run_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """model.attend, for bfloat16 on the CPU.
-
-    Qwen2.5-0.5B's heads, 2 cores of an AMD EPYC (Zen 5): a token looks at 256 slots in 11 us and at 8192 in 130 (31
-    GB/s), where PyTorch takes 50 and 606; six tokens in 24 and 450 (94 and 1760); a prompt of 4096 in 71 ms (204).
-    """
+    """model.attend, for bfloat16 on the CPU."""
     q, mask = (t if t is None or t.stride(-1) == 1 else t.contiguous() for t in (q, mask))
     (n_head, n_tokens, head_dim), (n_kv_head, n_slots, _) = q.shape, k.shape
     if k.stride() != v.stride() or k.stride(1) != head_dim:  # parts of caches are read where they are
@@ -146,10 +168,79 @@ attend = make_operator(
 
 
 class Attend(nn.Module):
-    """In the place of model.Attend."""
+    """cpu.cpp's attention, in the place of model.Attend."""
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         return attend(q, k, v, mask)
+
+
+def frozen(tensor: Tensor) -> nn.Parameter:
+    return nn.Parameter(tensor, requires_grad=False)
+
+
+class RowLinear(nn.Module):
+    """cpu.cpp's product of bfloat16 weights where they are, row after row, for any number of tokens."""
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        device, dtype = linear.weight.device.type, linear.weight.dtype
+        if (device, dtype) != ("cpu", torch.bfloat16) or kernels() is None:
+            raise UnsupportedByKernel
+        self.weight = frozen(linear.weight.data.contiguous())
+        self.bias = None if linear.bias is None else frozen(linear.bias.data.float())
+        self.out_features, self.in_features = linear.weight.shape
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = product(x.flatten(0, -2), self.weight, None, self.bias, self.out_features)
+        return y.unflatten(0, x.shape[:-1])
+
+
+class BlockLinear(nn.Module):
+    """cpu.cpp's product of int8 and int4 weights, for any number of tokens.
+
+    layer: a quantize.QuantizedLinear: weight, scale, zero (None of int8) and bias as its docstring has them.
+    """
+
+    def __init__(self, layer: nn.Module, dtype: torch.dtype):
+        super().__init__()
+        int4, groups = layer.zero is not None, layer.scale[0].numel()
+        self.out_features = layer.weight.shape[0]
+        self.in_features = layer.weight.shape[1] * (2 if int4 else 1)
+        exact = int4 and dtype == torch.float32  # which is asked for where results must be exact
+        width = self.in_features // groups
+        if exact or self.in_features % (groups * TURN) or int4 and width > MAX_GROUP or kernels() is None:
+            raise UnsupportedByKernel
+        block, order = kernels().block_outputs(), order_int4 if int4 else order_int8
+        rows = whole_blocks(layer.weight.data, block).split(2048)
+        scale = whole_blocks(layer.scale.data, block)
+        if int4:  # [N / block, G, block, 2]
+            lines = torch.stack((scale, whole_blocks(layer.zero.data, block)), dim=-1)
+            scale = lines.unflatten(0, (-1, block)).transpose(1, 2).contiguous()
+        self.weight, self.scale = frozen(torch.cat([order(part, block) for part in rows])), frozen(scale)
+        self.bias = None if layer.bias is None else frozen(layer.bias.data.float())
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.float() if x.dtype == torch.float16 else x
+        return product(rows, self.weight, self.scale, self.bias, self.out_features).to(x.dtype)
+
+
+def whole_blocks(rows: Tensor, block: int) -> Tensor:
+    """Filled up with rows of zeros."""
+    missing = -len(rows) % block
+    return torch.cat((rows, rows.new_zeros(missing, *rows.shape[1:]))) if missing else rows.contiguous()
+
+
+def order_int8(weight: Tensor, block: int) -> Tensor:
+    """[N, K] as [N / block, K / 4, block, 4] codes, w + 128; of four, the second and the third change places."""
+    codes = (weight.view(torch.uint8) ^ 128).view(-1, block, weight.shape[1] // 4, 2, 2)
+    return codes.transpose(3, 4).transpose(1, 2).reshape(weight.shape)
+
+
+def order_int4(weight: Tensor, block: int) -> Tensor:
+    """[N, K/2] as [N / block, K / 8, block] numbers of 32 bits: column 2j at bit 4j, column 2j + 1 at bit 16 + 4j."""
+    codes = weight.view(-1, block, weight.shape[1] // 4, 4).transpose(1, 2).int()
+    lanes = [(codes[..., j] >> 4) << 4 * j | (codes[..., j] & 15) << 16 + 4 * j for j in range(4)]
+    return (lanes[0] | lanes[1] | lanes[2] | lanes[3]).contiguous().view(torch.uint8).reshape(weight.shape)
 
 
 # An operator of its own, because Inductor takes oneDNN's for constant weights only.
@@ -162,33 +253,56 @@ packed_product = make_operator(
 
 
 class PackedLinear(nn.Module):
-    """A layer that was never quantized, on the CPU: its weights in the order in which oneDNN reads them.
+    """An unquantized layer of a decoder whose weights lie in the order in which oneDNN reads them.
 
-    One token on Qwen2.5-0.5B's layers, 2 cores of an AMD EPYC (Zen 5), bfloat16: 42 GB/s, as fast as reading, where
-    nn.Linear has 22; six tokens 39 (18); float32 40 (17).
+    For float32, and for bfloat16 on CPUs that have instructions for it. One token on Qwen2.5-0.5B's layers, 2 cores of
+    an AMD EPYC (Zen 5), bfloat16: 42 GB/s, as fast as reading (nn.Linear 22); six tokens 39 (18); float32 40 (17).
     """
 
     def __init__(self, linear: nn.Linear):
         super().__init__()
-        packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.data, 1)
-        self.weight, self.bias = nn.Parameter(packed, requires_grad=False), linear.bias
+        native = {"avx512_bf16", "amx_bf16"} & cpu_features() and not os.environ.get("CPU_MARCH")
+        if linear.weight.dtype != torch.float32 and not native:
+            raise UnsupportedByKernel
+        try:
+            packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.data, 1)
+        except (RuntimeError, AttributeError) as error:  # another device or dtype; a PyTorch without oneDNN
+            raise UnsupportedByKernel from error
+        self.weight, self.bias = frozen(packed), linear.bias
 
     def forward(self, x: Tensor) -> Tensor:
         return packed_product(x, self.weight, self.bias)
 
 
-def pack_whole(module: nn.Module) -> None:
-    """Put PackedLinear in the place of layers that are not quantized, where oneDNN takes their device and dtype."""
+def replace_linears(module: nn.Module, kinds: tuple[type, ...]) -> dict[str, Counter[str]]:
+    """Put the first of the kinds that serves a layer in its place; returns prepare's counts."""
+    counts: dict[str, Counter[str]] = {}
     for name in [name for name, child in module.named_modules() if isinstance(child, nn.Linear)]:
-        with contextlib.suppress(RuntimeError, AttributeError):
-            module.set_submodule(name, PackedLinear(module.get_submodule(name)))
+        layer = module.get_submodule(name)
+        dtype = str(layer.weight.dtype).removeprefix("torch.")
+        for kind in kinds:
+            with contextlib.suppress(UnsupportedByKernel):
+                layer = kind(layer)
+                break
+        module.set_submodule(name, layer)
+        counts.setdefault(dtype, Counter())[type(layer).__name__] += 1
+    return counts
 
 
-def prepare(transformer: model.Transformer) -> None:
-    """Make a loaded decoder, quantized or not, fast on the CPU. On another device it stays as it is."""
-    pack_whole(transformer)
-    weight, head_dim = transformer.norm.weight, transformer.args.head_dim  # the caches have its device and dtype
+def replace_attention(decoder: model.Transformer) -> None:
+    weight, head_dim = decoder.norm.weight, decoder.args.head_dim  # the caches have its device and dtype
     fits = (weight.device.type, weight.dtype) == ("cpu", torch.bfloat16)
     if fits and head_dim % 2 == 0 and head_dim <= MAX_HEAD_DIM and kernels():
-        for layer in transformer.layers:
-            layer.attention.attend = Attend()
+        for name in [name for name, child in decoder.named_modules() if isinstance(child, model.Attend)]:
+            decoder.set_submodule(name, Attend())
+
+
+def prepare(module: nn.Module) -> dict[str, Counter[str]]:
+    """Make a loaded decoder, quantized or not, or an encoder fast on the CPU. On another device it stays as it is.
+
+    Returns for each dtype how many of its linear layers, those not quantized, are of which class then.
+    """
+    if not isinstance(module, model.Transformer):
+        return replace_linears(module, (RowLinear,))  # oneDNN's order helps few tokens, and nn.Linear uses oneDNN
+    replace_attention(module)
+    return replace_linears(module, (PackedLinear, RowLinear))

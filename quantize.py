@@ -15,7 +15,9 @@ turns these into what the device's kernel wants. Scales are never rounded: bfloa
 Shapes: N output features, K input features, G groups of a row, S tokens.
 """
 
+import contextlib
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -26,6 +28,7 @@ from torch import Tensor, nn
 import cpu
 from checkpoint import load_mapped, read_params, write_checkpoint
 from cli import Parser, run_command
+from cpu import UnsupportedByKernel, frozen
 from model import Transformer
 
 MODES = {"int8": torch.int8, "int4": torch.uint8, "fp8": torch.float8_e4m3fn}  # and the dtype of their weights
@@ -36,7 +39,6 @@ REFITS = 2
 BLOCK = 2**20  # weights that are worked on at a time
 INT8_ROWS = 32  # CUDA's int8 product takes more than 16 rows, in steps of 8
 FP8_ROWS = 16
-CPU_BLOCK, CPU_LANES = 32, 16  # cpu.cpp's: outputs that it works on at a time; inputs that it reads at a time
 
 
 def by_rows(change: Callable[..., tuple], *tensors: Tensor) -> list[Tensor]:
@@ -148,6 +150,7 @@ class QuantizedLinear(nn.Module):
     def __init__(self, linear: nn.Linear, mode: str, groups: int):
         super().__init__()
         n, k = linear.weight.shape
+        self.mode = mode
         lines = ((n, groups), torch.bfloat16) if mode == "int4" else ((n,), torch.float32)
         self.weight = empty((n, k // 2 if mode == "int4" else k), MODES[mode])
         self.scale = empty(*lines)
@@ -157,10 +160,6 @@ class QuantizedLinear(nn.Module):
 
 def empty(shape: tuple, dtype: torch.dtype) -> nn.Parameter:
     return frozen(torch.empty(shape, dtype=dtype, device="meta"))
-
-
-def frozen(tensor: Tensor) -> nn.Parameter:
-    return nn.Parameter(tensor, requires_grad=False)
 
 
 def is_quantized(name: str, tensor: Tensor) -> bool:
@@ -185,36 +184,63 @@ def linears(model: nn.Module, kind: type = nn.Linear) -> dict[str, nn.Module]:
     return {name: module for name, module in model.named_modules() if isinstance(module, kind)}
 
 
-def pack(model: nn.Module, dtype: torch.dtype) -> None:
-    """Replace the quantized layers by the fastest that their device has for activations of dtype."""
+def pack(model: nn.Module, dtype: torch.dtype) -> dict[str, Counter[str]]:
+    """Replace the quantized layers by the fastest that their device has for activations of dtype.
+
+    Returns how many layers of each mode are of which class then; nn.Linear is a layer that was dequantized to dtype.
+    """
+    counts: dict[str, Counter[str]] = {}
     for name in list(linears(model, QuantizedLinear)):  # names alone, so that a layer is freed when it is packed
-        model.set_submodule(name, pack_layer(model.get_submodule(name), dtype))
+        layer = model.get_submodule(name)
+        packed = pack_layer(layer, dtype)
+        counts.setdefault(layer.mode, Counter())[type(packed).__name__] += 1
+        model.set_submodule(name, packed)
+    return counts
 
 
-class Refused(RuntimeError):
-    """A kernel is not for this layer, dtype or machine: pack_layer tries the next, or expands the weights."""
+def describe(counts: dict[str, Counter[str]], dtype: torch.dtype) -> str:
+    """One line about the counts of pack and cpu.prepare."""
+    lines = []
+    for kind, classes in counts.items():
+        served = [f"{n} layers by {name}" for name, n in sorted(classes.items()) if name != "Linear"]
+        dense = "dequantized to dense" if kind in MODES else "layers by nn.Linear in"
+        if kind in MODES or classes["Linear"]:
+            served.append(f"{classes['Linear']} {dense} {str(dtype).removeprefix('torch.')}")
+        lines.append(f"{kind}: {', '.join(served)}")
+    return "; ".join(lines)
 
 
 def pack_layer(layer: QuantizedLinear, dtype: torch.dtype) -> nn.Module:
-    """Kernels come and go with the device, its driver, the size and the version of PyTorch: one is tried, on one token.
-
-    Without a kernel the weights are expanded: a layer as large and as fast as one that was never quantized.
-    """
+    """The first of the device's kernels that serves the layer; without one a dense layer of dequantized weights."""
     for kernel in KERNELS.get((layer.weight.dtype, layer.weight.device.type), ()):
-        try:
-            packed = kernel(layer, dtype)
-            packed(torch.zeros(1, packed.in_features, dtype=dtype, device=layer.weight.device))
-            return packed
-        except torch.OutOfMemoryError:
-            raise
-        except (RuntimeError, AttributeError):  # refused by the kernel's own check, or by PyTorch
-            continue
+        with contextlib.suppress(UnsupportedByKernel):
+            return kernel(layer, dtype)
     linear = nn.Linear(1, 1, device="meta")
     tensors = (t for t in (layer.weight, layer.scale, layer.zero) if t is not None)
     (weight,) = by_rows(lambda *block: (dequantize(*block).to(dtype),), *tensors)
     linear.weight, linear.bias = frozen(weight), layer.bias
     linear.out_features, linear.in_features = weight.shape
     return linear
+
+
+@contextlib.contextmanager
+def refusals_of_torch() -> Iterator[None]:
+    """PyTorch's operators refuse sizes, dtypes and devices by RuntimeError: they differ by version and driver."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        raise UnsupportedByKernel from error
+
+
+class TorchLinear(nn.Module):
+    """A layer whose product is an operator of PyTorch's."""
+
+    def try_once(self, dtype: torch.dtype) -> None:
+        """On one token. Raises UnsupportedByKernel."""
+        with refusals_of_torch():
+            self(torch.zeros(1, self.in_features, dtype=dtype, device=self.weight.device))
 
 
 def split_int8(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -229,75 +255,30 @@ def split_int8(x: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat((high, whole - (high << 8))).to(torch.int8), step
 
 
-class BlockLinear(nn.Module):
-    """cpu.cpp's products of int8 and int4, for one token and for several.
-
-    One token on Qwen2.5-0.5B's layers, 2 cores of an AMD EPYC (Zen 5) that read 67 GB/s: int8 59 GB/s, where oneDNN's
-    product has 30; int4 54, where PyTorch's kernel has 25 to 33. Six tokens 48 and 31.
-    """
-
-    def __init__(self, layer: QuantizedLinear, dtype: torch.dtype):
-        super().__init__()
-        int4, groups = layer.zero is not None, layer.scale[0].numel()
-        self.out_features = layer.weight.shape[0]
-        self.in_features = layer.weight.shape[1] * (2 if int4 else 1)
-        expand = int4 and dtype == torch.float32  # which is asked for where results must be exact
-        if expand or cpu.kernels() is None or self.in_features % (groups * CPU_LANES):
-            raise Refused
-        (weight,) = by_rows(order_int4 if int4 else order_int8, whole_blocks(layer.weight.data))
-        scale = whole_blocks(layer.scale.data)
-        if int4:  # [blocks, G, 2, 32]
-            lines = torch.stack((scale, whole_blocks(layer.zero.data)), dim=-1)
-            scale = lines.unflatten(0, (-1, CPU_BLOCK)).permute(0, 2, 3, 1).contiguous()
-        self.weight, self.scale = frozen(weight), frozen(scale)
-        self.bias = None if layer.bias is None else frozen(layer.bias.float())
-
-    def forward(self, x: Tensor) -> Tensor:
-        rows = x.float() if x.dtype == torch.float16 else x
-        return cpu.block_product(rows, self.weight, self.scale, self.bias, self.out_features).to(x.dtype)
-
-
-def whole_blocks(rows: Tensor) -> Tensor:
-    """Filled up with rows of zeros."""
-    missing = -len(rows) % CPU_BLOCK
-    return torch.cat((rows, rows.new_zeros(missing, *rows.shape[1:]))) if missing else rows.contiguous()
-
-
-def order_int8(weight: Tensor) -> tuple[Tensor]:
-    """[N, K] as [N / 32, K / 4, 32, 4] codes, w + 128."""
-    blocks = (weight.view(torch.uint8) ^ 128).view(-1, CPU_BLOCK, weight.shape[1] // 4, 4)
-    return (blocks.transpose(1, 2).reshape(weight.shape),)
-
-
-def order_int4(weight: Tensor) -> tuple[Tensor]:
-    """[N, K/2] as [N / 32, K / 8, 32, 4]: column j in the lower half of a byte, j + 4 in the upper."""
-    blocks = unpack_codes(weight).view(-1, CPU_BLOCK, weight.shape[1] // 4, 2, 4)
-    first, second = blocks.permute(3, 0, 2, 1, 4)
-    return ((first | second << 4).reshape(weight.shape),)
-
-
-class Int8Pack(nn.Module):
-    """The CPU's weight-only product, where cpu.cpp cannot run; bfloat16 only, the others are not vectorized."""
+class Int8Pack(TorchLinear):
+    """The CPU's weight-only product, where cpu.cpp cannot be built; bfloat16 only, the others are not vectorized."""
 
     def __init__(self, layer: QuantizedLinear, dtype: torch.dtype):
         super().__init__()
         self.in_features = layer.weight.shape[1]
         if dtype != torch.bfloat16 or self.in_features % 16:  # of other widths it reads past the end
-            raise Refused
+            raise UnsupportedByKernel
         self.weight, self.scale, self.bias = layer.weight, layer.scale, layer.bias
         self.ones = frozen(torch.ones_like(layer.scale, dtype=dtype))
+        self.try_once(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         return add_bias(torch._weight_int8pack_mm(x, self.weight, self.ones) * self.scale, self.bias, x.dtype)
 
 
-class Int8Cuda(nn.Module):
+class Int8Cuda(TorchLinear):
     """The tensor cores' product of 8-bit integers, with 16-bit activations; for a token under compile one fused sum."""
 
     def __init__(self, layer: QuantizedLinear, dtype: torch.dtype):
         super().__init__()
         self.in_features = layer.weight.shape[1]
         self.weight, self.scale, self.bias = layer.weight, layer.scale, layer.bias
+        self.try_once(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         if len(x) == 1 and torch.compiler.is_compiling():
@@ -312,18 +293,20 @@ def pad_rows(rows: Tensor, multiple: int) -> Tensor:
     return F.pad(rows, (0, 0, 0, -len(rows) % multiple))
 
 
-class Int4(nn.Module):
+class Int4(TorchLinear):
     """The weight-only products that PyTorch has for bfloat16: tinygemm on CUDA, its sibling on the CPU."""
 
     def __init__(self, layer: QuantizedLinear, dtype: torch.dtype):
         super().__init__()
         if dtype != torch.bfloat16:
-            raise Refused
+            raise UnsupportedByKernel
         self.in_features = 2 * layer.weight.shape[1]
         self.group = self.in_features // layer.scale.shape[1]
         lines = torch.stack((layer.scale, layer.zero), dim=-1)  # [N, G, 2]
         self.scale_zero = frozen(lines.transpose(0, 1).contiguous().to(dtype))  # [G, N, 2]
-        self.weight, self.bias = frozen(self.pack(layer.weight.data)), layer.bias
+        with refusals_of_torch():
+            self.weight, self.bias = frozen(self.pack(layer.weight.data)), layer.bias
+        self.try_once(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         return add_bias(self.multiply(x, self.weight, self.group, self.scale_zero), self.bias, x.dtype)
@@ -346,7 +329,7 @@ class Int4Cuda(Int4):
         return torch.ops.aten._convert_weight_to_int4pack(weight, tiles)
 
 
-class Fp8Cuda(nn.Module):
+class Fp8Cuda(TorchLinear):
     """The tensor cores' product of fp8 numbers (compute capability 8.9 or more).
 
     An activation is the sum of two of them: four significant bits each, together as many as bfloat16's.
@@ -357,6 +340,7 @@ class Fp8Cuda(nn.Module):
         self.in_features = layer.weight.shape[1]
         self.weight, self.scale, self.bias = layer.weight, layer.scale, layer.bias
         self.one = frozen(torch.ones((), device=layer.weight.device))
+        self.try_once(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         step = x.float().abs().amax(-1, keepdim=True).clamp(min=1e-30) / LARGEST["fp8"]
@@ -373,9 +357,9 @@ def add_bias(y: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
 
 
 KERNELS = {
-    (torch.int8, "cpu"): (BlockLinear, Int8Pack),
+    (torch.int8, "cpu"): (cpu.BlockLinear, Int8Pack),
     (torch.int8, "cuda"): (Int8Cuda,),
-    (torch.uint8, "cpu"): (BlockLinear, Int4Cpu),
+    (torch.uint8, "cpu"): (cpu.BlockLinear, Int4Cpu),
     (torch.uint8, "cuda"): (Int4Cuda,),
     (torch.float8_e4m3fn, "cuda"): (Fp8Cuda,),
 }

@@ -1,6 +1,7 @@
-"""cpu.cpp's attention and how it is built, and oneDNN's order of weights; its products are in test_quantize.py."""
+"""cpu.cpp's attention and products, for every CPU that it is built for here, and oneDNN's order of weights."""
 
 import copy
+import platform
 
 import pytest
 import torch
@@ -9,8 +10,13 @@ from torch import nn
 import cpu
 import generate
 import model
+import quantize
+from tests.helpers.layers import make_layer, relative
+from tests.helpers.pictures import draw
 
-WITHOUT_BF16 = sorted(cpu.NEEDED)
+# What CPU_MARCH is set to; "" is the CPU at hand, which runs the others too.
+LEVELS = ["", "x86-64-v3"] if "avx512bw" in cpu.cpu_features() else [""]
+OTHERS = ["x86-64-v2", "x86-64-v3"] if "avx2" in cpu.cpu_features() else []
 HEADS = [(14, 2, 64), (16, 2, 128), (4, 4, 80), (16, 16, 72), (6, 2, 96), (2, 1, 16), (3, 3, 34), (8, 1, 256)]
 SIZES = [(1, 1), (1, 700), (6, 64), (6, 1111), (20, 150), (70, 70), (130, 300), (1100, 1100), (1, 5000)]
 
@@ -18,17 +24,25 @@ SIZES = [(1, 1), (1, 700), (6, 64), (6, 1111), (20, 150), (70, 70), (130, 300), 
 @pytest.fixture
 def can_build():
     if cpu.kernels() is None:
-        pytest.skip("no C++ compiler, or a CPU without AVX-512 VNNI")
+        pytest.skip("no C++ compiler")
 
 
-@pytest.fixture(params=["whole", "without AVX512_BF16"])
-def each_build(can_build, request, monkeypatch):
-    if request.param != "whole":
-        monkeypatch.setattr(cpu, "USEFUL", set())
+@pytest.fixture
+def build(can_build, monkeypatch):
+    """Called with a level: cpu.cpp built for it serves from then on."""
+
+    def change(level: str) -> None:
+        monkeypatch.setenv("CPU_MARCH", level)
+        cpu.kernels.cache_clear()
+        assert cpu.kernels()
+
+    yield change
     cpu.kernels.cache_clear()
-    assert cpu.kernels()
-    yield
-    cpu.kernels.cache_clear()
+
+
+@pytest.fixture(params=LEVELS, ids=lambda level: level or platform.machine())
+def each_build(build, request):
+    build(request.param)
 
 
 def draw_inputs(n_head, n_kv_head, head_dim, n_tokens, n_slots):
@@ -125,33 +139,119 @@ def test_a_profile_shows_the_operators(can_build):
 
 
 def test_the_library_is_built_anew(can_build, monkeypatch, tmp_path):
-    """With no cache, with a broken one, and where none can be written."""
+    """With no cache, with a broken one, for another CPU, and where none can be written."""
+    monkeypatch.setattr(cpu, "FLAGS", ["-O0", "-std=c++17", "-fPIC"])  # faster to build
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert cpu.build_library(WITHOUT_BF16)
+    assert cpu.build_library()
     (library,) = tmp_path.rglob("*.*")
     library.unlink()
     library.write_bytes(b"broken")
-    assert cpu.build_library(WITHOUT_BF16)
+    assert cpu.build_library()
     assert library.stat().st_size > 1000, "put in its place"
+    with monkeypatch.context() as patch:
+        patch.setattr(cpu, "cpu_features", lambda: {"another"})
+        assert cpu.build_library()
+    assert len(list(tmp_path.rglob("*.so"))) == 2, "machines may share the cache"
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    assert cpu.build_library(WITHOUT_BF16)
+    assert cpu.build_library()
+
+
+@pytest.mark.parametrize("n, k", [(320, 896), (70, 96), (33, 50), (5, 7), (16, 5000)])
+@torch.inference_mode()
+def test_bfloat16_rows(each_build, n, k):
+    """Any number of tokens and any size, whole registers or not, also weights that are a part of others."""
+    torch.manual_seed(n)
+    plain = nn.Linear(k, n).bfloat16().requires_grad_(False)
+    plain.weight.data = torch.randn(n + 3, k).bfloat16()[2:-1]
+    packed = cpu.RowLinear(plain)
+    assert packed.weight.data_ptr() == plain.weight.data_ptr(), "no second copy"
+    exact = copy.deepcopy(plain).double()
+    for s in (0, 1, 2, 3, 4, 5, 6, 7, 13, 100):
+        x = torch.randn(s, k).bfloat16()
+        y = packed(x)
+        assert y.dtype == torch.bfloat16 and y.shape == (s, n)
+        assert s == 0 or relative(y, exact(x.double())) < 3e-3
+        assert torch.equal(packed(x.view(1, s, k)), y[None]), "an encoder's shape"
+        assert s == 0 or relative(cpu.product(x.float(), packed.weight, None, packed.bias, n), exact(x.double())) < 1e-6
+    x = torch.randn(8, k).bfloat16()
+    y = packed(x)
+    x[1, 3], x[2, 4] = float("nan"), float("inf")
+    broken = packed(x)
+    assert broken[1].isnan().all() and not broken[2].isfinite().any()
+    assert torch.equal(broken[3:], y[3:]) and torch.equal(broken[0], y[0])
+    torch.set_num_threads(2)
+    assert torch.equal(packed(x).nan_to_num(), broken.nan_to_num())
+    torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize("mode", ["int8", "int4"])
+@torch.inference_mode()
+def test_largest_sums(each_build, mode):
+    """Weights and activations that are as large as they can be, all of one sign: no sum of integers overflows."""
+    for k, group in ((18944, 128), (4096, 4096)):
+        layer, _ = make_layer(mode, 40, k, group, bias=False)
+        code = 127 if mode == "int8" else 0xFF
+        for sign in (1, -1):
+            layer.weight.data.fill_(code if sign > 0 or mode == "int4" else -code)
+            if mode == "int4":
+                layer.weight.data[1::2] = 0
+                layer.scale.data.fill_(1.0), layer.zero.data.fill_(0.0)
+            expected = quantize.dequantize(*(t.data for t in (layer.weight, layer.scale, layer.zero) if t is not None))
+            packed = quantize.pack_layer(layer, torch.bfloat16)
+            assert isinstance(packed, cpu.BlockLinear)
+            x = torch.full((7, k), 3.0)
+            x[1], x[2, ::2] = -3.0, -3.0
+            y = cpu.product(x, packed.weight, packed.scale, None, 40)
+            torch.testing.assert_close(y.double(), x.double() @ expected.double().t(), rtol=1e-5, atol=0.5)
+
+
+@pytest.mark.parametrize("mode, group", [("int8", 0), ("int4", 64), ("int4", 24)])
+@torch.inference_mode()
+def test_integers_are_the_same_on_every_cpu(build, mode, group):
+    """Not one bit differs."""
+    if not OTHERS:
+        pytest.skip("x86 alone has several levels")
+    layer, _ = make_layer(mode, 100, 960, group or 64)
+    x = torch.randn(9, 960) * 10.0 ** torch.randint(-6, 4, (9, 1))
+    x[3, 5] = 1e4
+    results = []
+    for level in ("", *OTHERS):
+        build(level)
+        packed = cpu.BlockLinear(layer, torch.bfloat16)
+        results.append(cpu.product(x, packed.weight, packed.scale, packed.bias, 100))
+    assert all(torch.equal(result, results[0]) for result in results)
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.bfloat16, 0.05)])
 @torch.inference_mode()
-def test_layers_that_are_not_quantized_are_laid_out_for_the_cpu(dtype, tolerance):
+def test_unquantized_layers_are_replaced(dtype, tolerance):
     torch._dynamo.reset()
     torch.manual_seed(0)
     plain = nn.Sequential(nn.Linear(96, 160), nn.Linear(160, 64, bias=False)).to(dtype)
     packed = copy.deepcopy(plain).requires_grad_(False)
-    cpu.pack_whole(packed)
-    if not isinstance(packed[0], cpu.PackedLinear):
-        pytest.skip("oneDNN does not take this dtype here: the layers stay as they are")
-    assert not any(isinstance(child, nn.Linear) for child in packed)
+    counts = cpu.replace_linears(packed, (cpu.PackedLinear, cpu.RowLinear))
+    ((kind, classes),) = counts.items()
+    assert kind == str(dtype).removeprefix("torch.") and classes == {type(packed[0]).__name__: 2}
+    if isinstance(packed[0], nn.Linear):
+        pytest.skip("neither oneDNN nor cpu.cpp takes this dtype here: the layers stay as they are")
     assert generate.weight_bytes(packed) == generate.weight_bytes(plain)
     compiled = torch.compile(packed, fullgraph=True, dynamic=False)
     for rows in (1, 6, 100):
         x = torch.randn(rows, 96, dtype=dtype)
         torch.testing.assert_close(packed(x), plain(x), atol=tolerance, rtol=0)
         torch.testing.assert_close(compiled(x), packed(x), atol=0, rtol=0)
+
+
+@torch.inference_mode()
+def test_encoders_are_prepared(can_build, pair):
+    """In bfloat16 the encoder's layers are cpu.cpp's, and it says the same but for rounding."""
+    encoders = {}
+    for dtype, optimize in ((torch.bfloat16, False), (torch.bfloat16, True), (torch.float32, True)):
+        engine, _ = generate.load(pair("qwen2.5-vl").path, device="cpu", dtype=dtype, optimize=optimize)
+        encoders[dtype, optimize] = engine.encoder
+    assert isinstance(encoders[torch.bfloat16, True].blocks[0].wo, cpu.RowLinear)
+    assert type(encoders[torch.float32, True].blocks[0].wo) is nn.Linear
+    pixels, grid = engine.encoder.preprocess(draw(200, 150))
+    plain, prepared, exact = (encoder(pixels.to(dtype), grid).float() for (dtype, _), encoder in encoders.items())
+    assert (prepared - exact).norm() < 1.5 * (plain - exact).norm()
