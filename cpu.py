@@ -96,6 +96,11 @@ def build_library() -> ctypes.CDLL:
     return loaded
 
 
+def onednn_has_bfloat16() -> bool:
+    """Whether the CPU has instructions for bfloat16 products, which oneDNN uses and cpu.cpp does not."""
+    return bool({"avx512_bf16", "amx_bf16"} & cpu_features()) and not os.environ.get("CPU_MARCH")
+
+
 def describe() -> str:
     """Which build of cpu.cpp serves."""
     return f"cpu.cpp for {kernels().instruction_set().decode()}" if kernels() else "PyTorch's CPU kernels"
@@ -184,7 +189,7 @@ class RowLinear(nn.Module):
     def __init__(self, linear: nn.Linear):
         super().__init__()
         device, dtype = linear.weight.device.type, linear.weight.dtype
-        if (device, dtype) != ("cpu", torch.bfloat16) or kernels() is None:
+        if (device, dtype) != ("cpu", torch.bfloat16) or onednn_has_bfloat16() or kernels() is None:
             raise UnsupportedByKernel
         self.weight = frozen(linear.weight.data.contiguous())
         self.bias = None if linear.bias is None else frozen(linear.bias.data.float())
@@ -261,8 +266,7 @@ class PackedLinear(nn.Module):
 
     def __init__(self, linear: nn.Linear):
         super().__init__()
-        native = {"avx512_bf16", "amx_bf16"} & cpu_features() and not os.environ.get("CPU_MARCH")
-        if linear.weight.dtype != torch.float32 and not native:
+        if linear.weight.dtype == torch.bfloat16 and not onednn_has_bfloat16():
             raise UnsupportedByKernel
         try:
             packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.data, 1)
@@ -274,8 +278,8 @@ class PackedLinear(nn.Module):
         return packed_product(x, self.weight, self.bias)
 
 
-def replace_linears(module: nn.Module, kinds: tuple[type, ...]) -> dict[str, Counter[str]]:
-    """Put the first of the kinds that serves a layer in its place; returns prepare's counts."""
+def replace_linears(module: nn.Module, kinds: tuple[type, ...], label: str = "") -> dict[str, Counter[str]]:
+    """Put the first of the kinds that serves a layer in its place; returns prepare's counts, under label + dtype."""
     counts: dict[str, Counter[str]] = {}
     for name in [name for name, child in module.named_modules() if isinstance(child, nn.Linear)]:
         layer = module.get_submodule(name)
@@ -285,7 +289,7 @@ def replace_linears(module: nn.Module, kinds: tuple[type, ...]) -> dict[str, Cou
                 layer = kind(layer)
                 break
         module.set_submodule(name, layer)
-        counts.setdefault(dtype, Counter())[type(layer).__name__] += 1
+        counts.setdefault(label + dtype, Counter())[type(layer).__name__] += 1
     return counts
 
 
@@ -300,9 +304,10 @@ def replace_attention(decoder: model.Transformer) -> None:
 def prepare(module: nn.Module) -> dict[str, Counter[str]]:
     """Make a loaded decoder, quantized or not, or an encoder fast on the CPU. On another device it stays as it is.
 
-    Returns for each dtype how many of its linear layers, those not quantized, are of which class then.
+    Returns for each dtype (of an encoder: "encoder " and the dtype) how many of its linear layers, those not quantized,
+    are of which class then.
     """
     if not isinstance(module, model.Transformer):
-        return replace_linears(module, (RowLinear,))  # oneDNN's order helps few tokens, and nn.Linear uses oneDNN
+        return replace_linears(module, (RowLinear,), "encoder ")  # where oneDNN is fast, nn.Linear uses it
     replace_attention(module)
     return replace_linears(module, (PackedLinear, RowLinear))

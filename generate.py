@@ -409,12 +409,14 @@ def load_one(
     except (RuntimeError, KeyError) as error:  # missing, surplus or misshapen tensors
         problem = f"is not what its params.json says ({one_line(error)[:200]})"
         raise ValueError(f"{path} {problem}: {checkpoint.CONVERT}") from error
-    quantize.pack(model, dtype)
+    counts = quantize.pack(model, dtype)
     ranks.connect(model)
     if optimize and torch.device(device).type == "cpu":
-        cpu.prepare(model)
+        for part in filter(None, (model, encoder)):
+            counts |= cpu.prepare(part)
     nn.ModuleList(filter(None, (model, encoder))).requires_grad_(False).eval()
-    return Engine(model, encoder, ranks=ranks), tokenizer, str(path)
+    loaded = f"{path} ({quantize.describe(counts, dtype)})" if counts else str(path)
+    return Engine(model, encoder, ranks=ranks), tokenizer, loaded
 
 
 def compile_steps(engine: Engine) -> None:

@@ -413,15 +413,16 @@ def quantize_layer(w: Tensor, mode: str, group: int, **search) -> tuple[list[Ten
     return by_rows(change, w), *sums.tolist()
 
 
-def quantize_in_place(model: nn.Module, mode: str, group: int, dtype: torch.dtype, **search) -> None:
-    """Quantize and pack the linear layers of a model that is in memory."""
+def quantize_in_place(model: nn.Module, mode: str, group: int, dtype: torch.dtype, **search) -> dict[str, Counter[str]]:
+    """Quantize and pack the linear layers of a model that is in memory. Returns pack's counts."""
     for name in list(linears(model)):
         linear = model.get_submodule(name)
         layer = QuantizedLinear(linear, mode, linear.in_features // group_for(linear.in_features, group))
         parts, *_ = quantize_layer(linear.weight.data, mode, group_for(linear.in_features, group), **search)
         state = dict(zip(("weight", "scale", "zero"), parts))
         layer.load_state_dict(state if linear.bias is None else state | {"bias": linear.bias}, assign=True)
-        model.set_submodule(name, pack_layer(layer, dtype))
+        model.set_submodule(name, layer)
+    return pack(model, dtype)
 
 
 def quantize(path: Path, mode: str, group: int) -> tuple[Path, dict[str, float]]:

@@ -41,8 +41,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import cpu
 from cli import Parser, check_device, log, number, one_line
-from cpu import prepare
 from generate import Engine, compile_layers, compile_steps, generate, now, weight_bytes
 from model import ModelArgs, Transformer
 from quantize import GROUP_SIZES, MODES, quantize_in_place
@@ -149,23 +149,26 @@ def ratio(above: list[float], below: list[float]) -> float:
 
 
 def build(name: str, flags: argparse.Namespace, n_layer: int | None) -> tuple[Engine, dict]:
-    """The engine, and the seconds that it took."""
+    """The engine, the seconds that it took, and how many layers are of which class."""
     args, device, dtype = named(name), torch.device(flags.device), getattr(torch, flags.dtype)
     args = replace(args, n_layer=n_layer or args.n_layer)
     start = now(device)
     engine = random_engine(args, flags.device, dtype)
-    seconds = {"load_s": now(device) - start}
+    seconds, counts = {"load_s": now(device) - start}, {}
     start = now(device)
     if flags.quantize:
         search = {"shrinks": (1.0,), "refits": 0} if flags.quantize == "int4" else {}  # noise has no better rounding
-        quantize_in_place(engine.model, flags.quantize, flags.groupsize, dtype, **search)
+        counts = quantize_in_place(engine.model, flags.quantize, flags.groupsize, dtype, **search)
         seconds["quantize_s"] = now(device) - start
-    prepare(engine.model)
+    if device.type == "cpu":
+        for part in filter(None, (engine.model, engine.encoder)):
+            counts |= cpu.prepare(part)
+        counts["cpu"] = cpu.describe()
     if flags.compile:
         compile_steps(engine)
     if flags.compile_prefill:
         compile_layers(engine)
-    return engine, seconds
+    return engine, seconds | {"layers": counts}
 
 
 def n_graphs() -> int:
