@@ -178,7 +178,7 @@ def n_graphs() -> int:
 def memory_needed(engine: Engine) -> int:
     """Bytes of weights and caches."""
     modules = filter(None, (engine.model, engine.encoder))
-    tensors = {id(t): t for m in modules for t in (*m.parameters(), *m.buffers())}
+    tensors = {id(t) if t.is_mkldnn else t.data_ptr(): t for m in modules for t in (*m.parameters(), *m.buffers())}
     return sum(t.numel() * t.element_size() for t in tensors.values())
 
 
