@@ -1,6 +1,6 @@
 """A converted checkpoint's folder: model.pth, mapped or written tensor by tensor, and params.json beside it.
 
-Knows files, and how a state dict gets into modules. Does not know what the tensors are for, nor how they are quantized.
+Knows files. Does not know what the tensors are for, how they are quantized, or how they get into modules.
 """
 
 import json
@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from model import ModelArgs
 
@@ -44,20 +44,6 @@ def load_mapped(path: Path) -> dict[str, Tensor]:
     if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
         raise ValueError(f"{path} does not hold tensors by name: {CONVERT}")
     return state
-
-
-def fill(model: nn.Module, encoder: nn.Module | None, state: dict[str, Tensor], tied: bool) -> None:
-    """Put a checkpoint's tensors in the place of the modules' own: model's, and those named vision.* the encoder's.
-
-    tied: the output layer is the embedding, unless state has one. state is emptied, so that tensors can be freed one by
-    one as they are packed. Raises RuntimeError or KeyError where names or shapes differ.
-    """
-    if tied:
-        state.setdefault("output.weight", state["embedding.weight"])
-    parts = nn.ModuleDict({"vision": encoder} if encoder else {})
-    parts.load_state_dict({name: state.pop(name) for name in list(state) if name.startswith("vision.")}, assign=True)
-    model.load_state_dict(state, assign=True)
-    state.clear()
 
 
 def write_checkpoint(path: Path, shapes: dict[str, tuple], tensors: Iterable[tuple[str, Tensor]]) -> None:

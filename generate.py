@@ -400,15 +400,7 @@ def load_one(
     args, tensors = ranks.shard(args, state)
     with torch.device("meta"):
         model, encoder = Transformer(args), build_encoder(args.vision) if args.vision else None
-    try:
-        state = {name: t.to(device, t.dtype if quantize.is_quantized(name, t) else dtype) for name, t in tensors}
-        quantize.expect_quantized(model, state)
-        checkpoint.fill(model, encoder, state, args.tie_embeddings)
-    except (MemoryError, torch.OutOfMemoryError) as error:
-        raise ValueError(f"{path} needs more memory than {device} has ({one_line(error)[:200]})") from error
-    except (RuntimeError, KeyError) as error:  # missing, surplus or misshapen tensors
-        problem = f"is not what its params.json says ({one_line(error)[:200]})"
-        raise ValueError(f"{path} {problem}: {checkpoint.CONVERT}") from error
+    quantize.load_weights(path, model, encoder, tensors, device, dtype)
     counts = quantize.pack(model, dtype)
     ranks.connect(model)
     if optimize and torch.device(device).type == "cpu":

@@ -18,7 +18,7 @@ Shapes: N output features, K input features, G groups of a row, S tokens.
 import contextlib
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import cpu
-from checkpoint import load_mapped, read_params, write_checkpoint
+from checkpoint import CONVERT, first_line, load_mapped, read_params, write_checkpoint
 from cli import Parser, run_command
 from cpu import UnsupportedByKernel, frozen
 from model import Transformer
@@ -178,6 +178,33 @@ def expect_quantized(model: nn.Module, state: dict[str, Tensor]) -> None:
         if scale is not None and weight is not None and weight.dtype in modes:
             layer = QuantizedLinear(linear, modes[weight.dtype], scale.shape[-1])
             model.set_submodule(name, layer)
+
+
+def load_weights(
+    path: Path,
+    model: Transformer,
+    encoder: nn.Module | None,
+    tensors: Iterable[tuple[str, Tensor]],
+    device: str,
+    dtype: torch.dtype,
+) -> None:
+    """Put the tensors of a checkpoint, moved to the device, in the place of the model's and the encoder's (vision.*).
+
+    All but those of quantized layers are rounded to dtype. Raises ValueError, one line, if they are not the modules'.
+    """
+    try:
+        state = {name: t.to(device, t.dtype if is_quantized(name, t) else dtype) for name, t in tensors}
+        expect_quantized(model, state)
+        if model.args.tie_embeddings:
+            state.setdefault("output.weight", state["embedding.weight"])
+        vision = {name.removeprefix("vision."): state.pop(name) for name in list(state) if name.startswith("vision.")}
+        (encoder or nn.Module()).load_state_dict(vision, assign=True)
+        model.load_state_dict(state, assign=True)
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        raise ValueError(f"{path} needs more memory than {device} has ({first_line(error)})") from error
+    except (RuntimeError, KeyError) as error:  # missing, surplus or misshapen tensors
+        problem = f"is not what its params.json says ({' '.join(str(error).split())[:200]})"
+        raise ValueError(f"{path} {problem}: {CONVERT}") from error
 
 
 def linears(model: nn.Module, kind: type = nn.Linear) -> dict[str, nn.Module]:
