@@ -10,16 +10,18 @@ import hashlib
 import io
 import platform
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from random import Random
 
+import cli
+from cli import log, number, one_line
+
 import torch
 from PIL import Image
 
-import cli
-from cli import log, number, one_line
 from generate import Draft, Engine, answer, answer_options, load, now, reply_message, weight_bytes
 from scripts.results import Progress, Results, accuracy, group_accuracy, print_summary, rates, summarize
 from scripts.tasks import human_eval, mmmu
@@ -305,27 +307,37 @@ class Examination:
 # ---- command line --------------------------------------------------------------------------------------------------
 
 
+def add_flags(add: Callable) -> None:
+    """The flags of evaluate.py alone."""
+    add("--bench_name", choices=list(BENCHMARKS), default="scenes", help="the questions; scenes needs no download")
+    count_help = "ask the first N only (default: all; of scenes 200)"
+    add("--num_questions", type=number(int, 1), metavar="N", help=count_help)
+    add("--subjects", nargs="+", metavar="SUBJECT", help="subjects of MMMU, such as Math (default: all)")
+    add("--split", default="validation", help="part of MMMU: dev or validation")
+    add("--data_dir", type=Path, metavar="DIR", help="the benchmark's files (default: downloaded from Hugging Face)")
+    compare_help = (
+        "answer each question in several ways, in turn: by the target alone, with the draft pruned by each RATIO or "
+        "METHOD:RATIO (0: all visual tokens), and by each other model.pth"
+    )
+    add("--compare", nargs="*", metavar="VARIANT", help=compare_help)
+    add("--output", type=Path, metavar="FILE", help="write a JSON line for each answer, for scripts/report.py")
+    add("--resume", action="store_true", help="ask only the questions that the --output file does not answer yet")
+    warmup_help = "questions asked first and not counted, as the first answers of a process are slow"
+    add("--warmup", type=number(int, 0), default=1, metavar="N", help=warmup_help)
+    add("--streaming", action="store_true", help="show the answers on stderr as they are generated")
+    add(
+        "--allow_code_execution",
+        action="store_true",
+        help="run the programs that human_eval asks for, to judge them",
+    )
+    score_help = "judge the MMMU responses in FILE, made elsewhere, a JSON object a line; no model is loaded"
+    add("--score", type=Path, metavar="FILE", help=score_help)
+
+
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = cli.Parser(prog="evaluate.py", description="Accuracy and speed of a model, with and without its draft.")
-    cli.add_model_flags(parser)
-    parser.add_argument("--bench_name", choices=list(BENCHMARKS), default="scenes")
-    parser.add_argument("--num_questions", type=number(int, 1), help="default: all; of scenes 200")
-    parser.add_argument("--subjects", nargs="+", metavar="SUBJECT", help="of MMMU; default: all")
-    parser.add_argument("--split", default="validation", help="of MMMU: dev, validation")
-    parser.add_argument("--data_dir", type=Path, help="a folder with the hub's files of the benchmark")
-    parser.add_argument("--output", type=Path, help="results, a JSON line a question")
-    parser.add_argument("--resume", action="store_true", help="go on with the questions that --output lacks")
-    parser.add_argument("--warmup", type=number(int, 0), default=1, help="questions asked before, and not counted")
-    parser.add_argument("--streaming", action="store_true", help="print the answers to stderr as they come")
-    parser.add_argument("--allow_code_execution", action="store_true", help="run the programs of human_eval: pass@1")
-    parser.add_argument("--score", type=Path, help="judge MMMU responses made elsewhere, a JSON line each")
-    parser.add_argument(
-        "--compare",
-        nargs="*",
-        metavar="RATIO|METHOD:RATIO|model.pth",
-        help="the same questions by the target alone, with the draft (pruned as listed), and by other weights, in turn",
-    )
-    parser.set_defaults(max_new_tokens=None)  # each benchmark has its own
+    cli.add_model_flags(parser, max_new_tokens=None)
+    add_flags(parser.add_argument_group("input and output").add_argument)
     args = parser.parse_args(argv)
     cli.complete_model_flags(args)
     args.max_new_tokens = args.max_new_tokens or BENCHMARKS[args.bench_name].max_new_tokens

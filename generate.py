@@ -14,16 +14,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import cli
+from cli import log, one_line, write
+
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
 import checkpoint
-import cli
 import cpu
 import quantize
-from cli import log, one_line, write
 from model import CachedTokens, Prompt, Transformer
 from tokenizer import StreamDecoder, Tokenizer
 from tp import OneProcess, join_ranks
@@ -475,13 +476,15 @@ def report(result: dict, engine: Engine, draft: Draft | None) -> None:
     log(
         f"prompt {len(result['prompt_token_ids'])} tokens ({result['n_visual_tokens']} visual), "
         f"time to first token {result['time_to_first_token_s']:.3f} s, {len(result['token_ids'])} new tokens "
-        f"({result['finish_reason']}), {result['tokens_per_s']:.1f} tokens/s, {gigabytes:.1f} GB/s"
+        f"({result['finish_reason']}), {result['tokens_per_s']:.1f} tokens/s, {gigabytes:.1f} GB/s",
+        dim=True,
     )
     if draft:
         log(
             f"draft: {result['draft_n_visual_tokens']} visual tokens, {result['mean_accepted']:.2f} of "
             f"{draft.speculate_k} draft tokens accepted a step {result['accept_counts']}, seconds: draft "
-            f"{result['draft_s']:.3f}, verify {result['verify_s']:.3f}, rest {result['rest_s']:.3f}"
+            f"{result['draft_s']:.3f}, verify {result['verify_s']:.3f}, rest {result['rest_s']:.3f}",
+            dim=True,
         )
 
 
@@ -518,15 +521,7 @@ def answer_options(args: argparse.Namespace) -> dict:
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = cli.Parser(prog="generate.py", description="Very low latency generation from text and images.")
     cli.add_model_flags(parser)
-    parser.add_argument("--prompt", help="text; a number N: a made-up prompt of N tokens")
-    parser.add_argument("--image", action="append", default=[], help="a picture; repeatable; see <image> in the README")
-    parser.add_argument("--system", help="the system prompt")
-    parser.add_argument("--raw", action="store_true", help="the prompt goes in verbatim, without a chat template")
-    parser.add_argument("--interactive", action="store_true", help="a chat with memory")
-    parser.add_argument("--num_samples", type=cli.number(int, 1), default=1)
-    parser.add_argument("--json", action="store_true", help="one JSON line a sample instead of text")
-    parser.add_argument("--requests", type=Path, help="a file of requests, one JSON object a line; implies --json")
-    parser.add_argument("--profile", type=Path, help="write a Chrome trace of the run to this file")
+    cli.add_generate_flags(parser)
     args = parser.parse_args(argv)
     args.json |= args.requests is not None
     cli.complete_model_flags(args)

@@ -21,13 +21,14 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
+from cli import Parser, run_command
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import cpu
 from checkpoint import CONVERT, first_line, load_mapped, read_params, write_checkpoint
-from cli import Parser, run_command
 from cpu import UnsupportedByKernel, frozen
 from model import Transformer
 

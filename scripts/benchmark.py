@@ -36,13 +36,14 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from cli import DTYPES, Parser, check_device, log, number, one_line
+
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import cpu
-from cli import Parser, check_device, log, number, one_line
 from generate import Engine, compile_layers, compile_steps, generate, now, weight_bytes
 from model import ModelArgs, Transformer
 from quantize import GROUP_SIZES, MODES, quantize_in_place
@@ -310,7 +311,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", required=True, help="a row of scripts/published_models.py")
     parser.add_argument("--n_layer", type=number(int, 1), help="fewer layers, for what does not fit")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", choices=["bfloat16", "float32", "float16"], default="bfloat16")
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
     parser.add_argument("--quantize", choices=MODES, help="the decoder's linear layers")
     parser.add_argument("--groupsize", type=int, choices=GROUP_SIZES, default=64, help="of int4")
     parser.add_argument("--compile", action="store_true", help="the step")

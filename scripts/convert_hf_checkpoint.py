@@ -16,11 +16,13 @@ from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from cli import one_line
+
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from checkpoint import write_checkpoint
 from model import ModelArgs, Transformer
 from scripts.hf_tokenizer import convert_tokenizer, read_json
@@ -596,7 +598,7 @@ def main() -> None:
     try:
         convert(args.checkpoint_dir, args.model_name)
     except (ValueError, OSError) as error:
-        print(f"convert_hf_checkpoint.py: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"convert_hf_checkpoint.py: {one_line(error)}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("convert_hf_checkpoint.py: interrupted, nothing was written", file=sys.stderr)

@@ -17,11 +17,13 @@ import sys
 import time
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from cli import DTYPES
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import generate
 from quantize import dequantize, group_for, linears, quantize_in_place, quantize_layer
 
@@ -112,7 +114,7 @@ def main() -> int:
     )
     parser.add_argument("--n_tokens", type=int, default=20000)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", choices=["bfloat16", "float32", "float16"], default="bfloat16")
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
     parser.add_argument(
         "--dequantize",
         action="store_true",

@@ -134,6 +134,24 @@ def test_importing_generate_loads_neither_transformers_nor_extras(tmp_path):
     assert outside <= sys.stdlib_module_names
 
 
+def test_commands_import_cli_before_torch():
+    """cli.py silences a warning of torch's import, so it has to come first; conversion and download too."""
+    commands = [*ROOT.glob("*.py"), *ROOT.glob("scripts/*.py")]
+    for file in commands:
+        names = [name for node in ast.parse(file.read_text()).body for name in sorted(imports([node]))]
+        if "torch" in names and "__main__" in file.read_text() and file.stem != "train_tiny":  # which needs NumPy
+            outside = [name for name in names if name not in sys.stdlib_module_names]
+            assert outside[0] == "cli", file.name
+
+
+def test_torch_without_numpy_says_nothing(tmp_path):
+    """Other warnings are still shown."""
+    (tmp_path / "numpy.py").write_text("raise ModuleNotFoundError(\"No module named 'numpy'\")\n")
+    lines = "sys.path.insert(0, '.')\nimport cli, warnings\nwarnings.warn('another')"
+    found = run(lines, tmp_path)
+    assert found.returncode == 0 and "NumPy" not in found.stderr and found.stderr.count("Warning") == 1, found.stderr
+
+
 def test_importing_has_no_side_effects(tmp_path):
     before = sorted(ROOT.glob("*"))
     result = run("import " + ", ".join(MODULES), tmp_path)

@@ -6,10 +6,11 @@ import sys
 import time
 from pathlib import Path
 
+from cli import DEFAULT_CHECKPOINT, DEFAULT_DRAFT
+
 import pytest
 import torch
 
-from cli import DEFAULT_CHECKPOINT, DEFAULT_DRAFT
 from generate import DEFAULT_IMAGE, generate, load
 from quantize import quantize_in_place
 from scripts.tasks.scenes import held_out_questions

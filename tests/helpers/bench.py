@@ -5,10 +5,11 @@ import json
 from pathlib import Path
 from types import SimpleNamespace
 
+import cli
+
 import torch
 from PIL import Image
 
-import cli
 import evaluate
 from generate import Draft
 from tp import OneProcess
