@@ -4,8 +4,8 @@
     python scripts/benchmark.py --model Qwen2.5-0.5B --quantize int8 --compile --compare llama.cpp
     python scripts/benchmark.py --model Qwen2.5-VL-7B-Instruct --compile --out benchmarks/h100.json
 
-Knows how to build and time a model of
-scripts/published_models.py. Does not know checkpoints; scripts/peers.py knows other programs.
+Knows how to build and time a model of scripts/published_models.py. Does not know checkpoints; scripts/peers.py knows
+other programs.
 
 What is counted. A round does each of these once, so that a machine that is faster now and slower then, as shared ones
 are, is so for all of them; what is given are medians over --repeat rounds, and medians of the ratios within a round.
@@ -20,7 +20,7 @@ are, is so for all of them; what is given are medians over --repeat rounds, and 
 - peak_memory_gb: of the process, Python and libraries included, or of the device, before the large read and a peer.
   memory_needed_gb: all weights and caches.
 - draft: with --draft and --accept, what speculation should reach by the times of the two models: a step of it takes k
-  draft steps and a verification, and gives 1 + a + ... + a^k tokens if a guess is accepted with probability a.
+  draft steps and a verification, and gives 1 + a + ... + a^k tokens if a draft token is accepted with probability a.
 Peers run the same shapes, in the same rounds: transformers as a whole, with its image processor and encoder, the better
 of eager and static cache with compile; llama.cpp text only. speedup: the peer's time of a step by ours.
 """
@@ -105,10 +105,10 @@ class Ours:
 
     def __init__(self, engine: Engine, tokens: list[int], images: list[Image.Image], flags: argparse.Namespace):
         self.engine, self.device = engine, engine.device
-        self.tokens, self.images, self.n_guesses = tokens, images, flags.speculate_k
+        self.tokens, self.images, self.n_proposed = tokens, images, flags.speculate_k
         engine.max_cache_size = flags.max_cache_size
         self.encode()
-        # Room for the prompt, a step that can be repeated at will, and guesses.
+        # Room for the prompt, a step that can be repeated at will, and draft tokens.
         engine.reserve(self.prompt, flags.speculate_k + 1, flags.speculate_k)
         self.prefill()
         self.slots = torch.arange(len(self.prompt), len(self.prompt) + flags.speculate_k + 1, device=self.device)
@@ -128,7 +128,7 @@ class Ours:
         return self.forward(1)
 
     def verify(self) -> float:
-        return self.forward(self.n_guesses + 1)
+        return self.forward(self.n_proposed + 1)
 
     def forward(self, n: int) -> float:
         length = self.engine.cache_length(n)
@@ -321,7 +321,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--max_cache_size", type=number(int, 1), help="tokens; default: as many as needed")
     parser.add_argument("--speculate_k", type=number(int, 1), default=5)
     parser.add_argument("--draft", help="such a row too: its time a step, and what speculation would gain")
-    parser.add_argument("--accept", type=number(float, 0, 1), help="the share of the draft's guesses that are accepted")
+    parser.add_argument("--accept", type=number(float, 0, 1), help="the probability that a draft token is accepted")
     parser.add_argument("--n_prompts", type=number(int, 0), default=0, help="that many more; counts recompiles")
     parser.add_argument("--repeat", type=number(int, 1), default=7, help="rounds")
     parser.add_argument("--compare", choices=["transformers", "llama.cpp"], help="the same shapes in another program")

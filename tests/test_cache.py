@@ -35,7 +35,7 @@ def test_slots_that_are_not_in_use_are_not_read(pair, n_tokens):
     pair.model.setup_caches(300)
     ids, input_pos = torch.arange(20, 20 + n_tokens), torch.arange(n_tokens)
     expected = pair.model(ids, input_pos)
-    for layer in pair.model.layers:  # to read is to get NaN, whatever the mask says
+    for layer in pair.model.layers:  # reading them gives NaN, whatever the mask
         layer.attention.k_cache[:, n_tokens:] = layer.attention.v_cache[:, n_tokens:] = float("nan")
     assert pair.model(ids, input_pos).isnan().all()
     torch.testing.assert_close(pair.model(ids, input_pos, n_tokens), expected, atol=1e-5, rtol=0)
@@ -59,8 +59,8 @@ def test_slots_that_steps_read(pair, monkeypatch):
     generate.generate(pair.engine, [20] * 10, [], 500)
     assert [n_slots.count(n) for n in (64, 128, 192, 256, 300)] == [54, 64, 64, 64, 44]
     monkeypatch.setattr(generate.Engine, "device", torch.device("cuda"))
-    for held, n, expected in ((10, 1, 64), (63, 1, 64), (63, 2, 128), (128, 1, 256), (250, 6, 256), (256, 1, 300)):
-        pair.engine.cached.fill([0] * held)
+    for n_cached, n, expected in ((10, 1, 64), (63, 1, 64), (63, 2, 128), (128, 1, 256), (250, 6, 256), (256, 1, 300)):
+        pair.engine.cached.fill([0] * n_cached)
         assert pair.engine.cache_length(n) == expected
 
 
@@ -87,7 +87,7 @@ def count_prefills(model, monkeypatch) -> list:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_conversation_continued_equals_afresh(pair, family, monkeypatch):
-    """Three turns in one cache, an image in the first: each as if the whole conversation were prefilled anew."""
+    """Three turns in one cache, an image in the first: each as if the conversation were prefilled anew."""
     pair = pair(family)
     calls = count_prefills(pair.model, monkeypatch)
     content = [{"type": "text", "text": "How many circles are there?"}]
@@ -100,12 +100,12 @@ def test_conversation_continued_equals_afresh(pair, family, monkeypatch):
     for turn in range(3):
         tokens = pair.tokenizer.encode_chat(messages)
         continued = generate.generate(pair.engine, tokens, images, 12, pair.tokenizer.stop_ids)
-        held = list(pair.engine.cached.keys)
+        keys = list(pair.engine.cached.keys)
         assert len(calls) == turn + 1, "of the continued turns only the first prefills"
         pair.engine.forget()
         afresh = generate.generate(pair.engine, tokens, images, 12, pair.tokenizer.stop_ids)
         assert continued["token_ids"] == afresh["token_ids"]
-        assert held == pair.engine.cached.keys
+        assert keys == pair.engine.cached.keys
         reply = [token for token in continued["token_ids"] if token not in pair.tokenizer.stop_ids]
         messages += [
             {"role": "assistant", "content": [{"type": "tokens", "ids": reply}]},
@@ -121,7 +121,7 @@ def test_text_after_image_equals_fresh_process(pair, family):
     expected = generate.generate(fresh, tokens, [], 20)
     image = tokenizer.encode_chat([{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]}])
     generate.generate(pair.engine, image, [draw_picture(120, 300)], 20)
-    after = generate.generate(pair.engine, tokens, [], 20)  # not even told to forget
+    after = generate.generate(pair.engine, tokens, [], 20)  # without forget()
     assert after["token_ids"] == expected["token_ids"]
 
 
@@ -167,7 +167,7 @@ def test_cache_is_filled_to_the_last_slot(pair, monkeypatch):
 
 
 def test_stop_tokens_end_the_answer(pair):
-    """Any token of the list, the very first one too; nothing after it is in the answer or counted as held."""
+    """Any token of the list, the very first one too; no later token is in the answer or counted as cached."""
     pair = pair("qwen2")
     tokens = pair.tokenizer.encode("How many circles are there?")
     free = generate.generate(pair.engine, tokens, [], 24)["token_ids"]

@@ -1,4 +1,4 @@
-"""Compiled and eager must say the same, with a draft and pruning too, and one set of graphs must serve all prompts."""
+"""Compiled and eager give the same tokens, with a draft and pruning too, and one set of graphs serves all prompts."""
 
 import gc
 import random

@@ -187,7 +187,7 @@ def test_compare_with_what_is_not_there(run, tiny, item):
 
 
 def test_figures_count_the_weights_that_were_read():
-    """By hand: 8 x 8 float32 weights are 256 bytes. 6 tokens from 2 steps of a target that checks 2 guesses each."""
+    """By hand: 8 x 8 float32 weights are 256 bytes. 6 tokens from 2 verifications of 2 draft tokens each."""
     engine = bench.stub_engine(draft=True)
     result = bench.stub_result("") | {"token_ids": [1] * 7, "accept_counts": [0, 0, 2], "tokens_per_s": 3.0}
     figures = evaluate.figures(result, engine, engine.draft)
@@ -196,7 +196,7 @@ def test_figures_count_the_weights_that_were_read():
     alone = evaluate.figures(bench.stub_result("") | {"token_ids": [1] * 7}, bench.stub_engine(), None)
     assert (alone["n_steps"], alone["bytes_read"]) == (6, 6 * 256)
     cut = evaluate.figures(result | {"token_ids": [1] * 9}, engine, engine.draft)
-    assert cut["n_steps"] == 2 + 2, "two tokens came without guesses"
+    assert cut["n_steps"] == 2 + 2, "two tokens were decoded without a draft"
 
 
 def test_rates_and_speed_up():
@@ -256,7 +256,7 @@ def test_importing_it_needs_no_gpu():
 
 @pytest.fixture
 def slow_mmmu(monkeypatch, tmp_path):
-    """A run of 30 questions that takes a tenth of a second; its replies leave the letter to be guessed."""
+    """A run of 30 questions that takes a tenth of a second; its replies name no letter, so that one is drawn."""
     pytest.importorskip("pyarrow")
 
     def answer(engine, tokenizer, request, **options):
@@ -440,7 +440,7 @@ def test_every_way_to_reply_with_a_program(problem):
     function = f"def {problem['entry_point']}(x):\n{body}"
     replies = [
         body,
-        body + "\nprint('an example')\ndef other(:",  # what a base model goes on with
+        body + "\nprint('an example')\ndef other(:",  # how a base model continues
         function,
         f"Here it is:\n```python\n{problem['prompt']}{body}```\nIt adds.",
         f"First:\n```\nno code\n```\nthen\n```py\n{function}\n```",
@@ -512,7 +512,7 @@ def test_bad_flags(run, tmp_path, monkeypatch, flags, words):
 
 @pytest.mark.parametrize("name", ["MMMU", "mt_bench", "human_eval"])
 def test_no_network(run, name, tmp_path, monkeypatch):
-    """Without --data_dir the hub is asked (the tests are offline): one line that says what helps."""
+    """Without --data_dir the files are downloaded (the tests are offline): one line with the remedy."""
     hub = pytest.importorskip("huggingface_hub")
 
     def offline(*args, **more):

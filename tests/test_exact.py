@@ -1,4 +1,4 @@
-"""Against transformers, in float32 on the CPU: pixels, encoder rows, positions, logits, greedy text."""
+"""Against transformers, in float32 on the CPU: pixels, image features, positions, logits, greedy text."""
 
 import pytest
 import torch
@@ -26,7 +26,7 @@ def test_text(pair, family):
     tokens = pair.tokenizer.encode("How many circles are there? 12 or 7.")
     ours = generate(pair.engine, tokens, [], 24)
     assert ours["token_ids"] == greedy(pair.reference, 24, torch.tensor([tokens]))
-    assert len(set(ours["token_ids"])) > 8, "the text must vary, or equality says little"
+    assert len(set(ours["token_ids"])) > 8, "the text must vary, or equality proves little"
     pair.model.setup_caches(64)
     logits = pair.model(torch.tensor(tokens), torch.arange(len(tokens)))
     torch.testing.assert_close(logits, pair.reference(torch.tensor([tokens])).logits[0], atol=1e-4, rtol=0)
@@ -69,7 +69,7 @@ def test_text_in_bfloat16(pair, family):
         tokens = pair.tokenizer.encode(text)
         ours = generate(engine, tokens, [], 24)["token_ids"]
         agreed += agree_up_to_near_tie(ours, reference, torch.tensor([tokens]))
-    assert agreed >= 24, "texts that part at once say little"
+    assert agreed >= 24, "texts that differ at once prove little"
     tokens = pair.tokenizer.encode("How many circles are there? 12 or 7, says the quick brown dog. " * 2)
     exact = pair.reference(torch.tensor([tokens])).logits[0]
     theirs = reference(torch.tensor([tokens])).logits[0]
@@ -80,7 +80,7 @@ def test_text_in_bfloat16(pair, family):
 @pytest.mark.parametrize("family", VL_FAMILIES)
 @torch.inference_mode()
 def test_image_in_bfloat16(pair, pictures, family):
-    """The reference reads our answers and would have said the same at every place, but for near-ties."""
+    """Given our answers, the reference would choose the same token at every place, but for near-ties."""
     pair = pair(family)
     engine, _ = load(pair.path, device="cpu", dtype=torch.bfloat16)
     reference, image = in_bfloat16(pair.reference), pair.model.args.image_token_id

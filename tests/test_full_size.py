@@ -1,6 +1,6 @@
 """Real dimensions with random weights in bfloat16: one small picture and 16 tokens. Slow and large: FULL_SIZE=1 asks.
 
-What fits into about 20 GB runs as a whole. Of the others a few layers run, with the whole encoder: every layer of a
+Models of up to about 20 GB run completely. Of the others a few layers run, with the complete encoder: every layer of a
 decoder has the same shapes, and tests/test_published.py compares all of them with transformers on the meta device.
 """
 

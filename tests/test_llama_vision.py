@@ -66,11 +66,11 @@ def reference_inputs(images, tokens: list[int], image: int) -> dict:
     spans, n_tiles = get_cross_attention_token_mask(tokens, image), inputs.pop("num_tiles")
     mask = convert_sparse_cross_attention_mask_to_dense([spans], n_tiles, 4, len(tokens))
     inputs |= {"cross_attention_mask": torch.from_numpy(mask), "input_ids": torch.tensor([tokens])}
-    return inputs | {"attention_mask": torch.ones(1, len(tokens), dtype=torch.long)}  # or it is guessed from id 0
+    return inputs | {"attention_mask": torch.ones(1, len(tokens), dtype=torch.long)}  # else it is inferred from id 0
 
 
 def reference_rows(pair, inputs: dict) -> torch.Tensor:
-    """[N, D] the rows of the tiles in use."""
+    """[N, D] the image features of the tiles in use."""
     names = ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask")
     states = pair.reference.model.vision_model(**{name: inputs[name] for name in names}).last_hidden_state
     rows = pair.reference.model.multi_modal_projector(states)[0]  # [images, tiles, 1 + P, D]
@@ -97,7 +97,7 @@ def check(pair, paths, tokens: list[int]) -> None:
     torch.testing.assert_close(logits, expected[-1:], atol=1e-4, rtol=0)
     ours = generate.generate(pair.engine, tokens, images, 24)
     assert ours["token_ids"] == greedy(pair.reference, 24, **inputs)
-    assert len(set(ours["token_ids"])) > 8, "the text must vary, or equality says little"
+    assert len(set(ours["token_ids"])) > 8, "the text must vary, or equality proves little"
     assert ours["n_visual_tokens"] == len(prompt.visual)
 
 
@@ -145,7 +145,7 @@ def test_several_images(vlm, pictures, parts):
 
 @torch.inference_mode()
 def test_text_only(vlm):
-    """Skipped layers: before the cross caches exist, and after they have held an image."""
+    """Skipped layers: before the cross-attention caches exist, and after they held an image."""
     tokens = compose(vlm, "How many circles are there? 12 or 7.")
     expected = greedy(vlm.reference, 24, torch.tensor([tokens]))
     fresh, _ = generate.load(vlm.path, device="cpu", dtype=torch.float32)
@@ -174,7 +174,7 @@ def test_tokens_before_the_image_do_not_depend_on_it(pair):
 
 
 def test_images_come_into_a_conversation(pair):
-    """Text, an image, text, two images, text: each turn as if the whole conversation were prefilled anew."""
+    """Text, an image, text, two images, text: each turn as if the conversation were prefilled anew."""
     pair = pair(FAMILY)
     messages, images = [], []
     for turn, n_images in enumerate((0, 1, 0, 2, 0)):
@@ -241,7 +241,7 @@ def test_grid_of_every_shape_of_picture():
 
 
 def test_every_key_of_the_layout_is_used(pair):
-    """Each tensor of the hub's file goes into the checkpoint once; none is dropped."""
+    """Each published tensor is used once in the checkpoint; none is dropped."""
     folder = pair(FAMILY).folder
     with safe_open(folder / "model.safetensors", "pt") as tensors:
         stored = set(tensors.keys())
@@ -332,7 +332,7 @@ def test_one_graph_serves_every_step(pair):
 
 @torch.inference_mode()
 def test_draft_that_looks_at_fewer_rows(pair):
-    """Rows are pruned, the image's one token stays; what the target says does not change."""
+    """Image features are pruned, the image's one token stays; the target's output does not change."""
     pair = pair(FAMILY)
     tokens, images = compose(pair, "Look: ", 2, "What?"), [draw(200, 200), draw(40, 40)]
     plain = generate.generate(pair.engine, tokens, images, 16)

@@ -1,4 +1,4 @@
-"""Llava-OneVision against transformers, in both layouts of the hub: lmms-lab's is llava-hf's with its own names."""
+"""Llava-OneVision against transformers, in both published layouts: lmms-lab's is llava-hf's under other names."""
 
 import json
 
@@ -21,7 +21,7 @@ FAMILIES = ["llava-hf", "llava-hf-tied", "llava-lmms", "llava-lmms-tied"]
 
 
 def reference_inputs(pair, images: list[Image.Image]) -> dict:
-    """Images of one prompt, as the hub's processor prepares them."""
+    """Images of one prompt, as the published processor prepares them."""
     config = pair.reference.config
     tile = config.vision_config.image_size
     processor = transformers.LlavaOnevisionImageProcessorPil(
@@ -69,7 +69,7 @@ def check(pair, paths, variety: int = 8) -> None:
     torch.testing.assert_close(logits, pair.reference(**inputs).logits[0, -1:], atol=1e-4, rtol=0)
     ours = generate.generate(pair.engine, tokens, images, 24)
     assert ours["token_ids"] == greedy(pair.reference, 24, **inputs)
-    assert len(set(ours["token_ids"])) > variety, "the text must vary, or equality says little"
+    assert len(set(ours["token_ids"])) > variety, "the text must vary, or equality proves little"
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -184,7 +184,7 @@ NEAR_TIE = 0.1  # logits in bfloat16, whose steps are 1/32 between 4 and 8
 @pytest.mark.parametrize("make", [hub.make_llava_hf, hub.make_llava_lmms])
 @torch.inference_mode()
 def test_bfloat16(tmp_path, pictures, make):
-    """The reference reads our answers and would have said the same at every place, but for near-ties."""
+    """Given our answers, the reference would choose the same token at every place, but for near-ties."""
     folder, reference = make(tmp_path / "hub", tied=False, dtype=torch.bfloat16)
     convert(folder)
     pair = Pair(folder, reference)

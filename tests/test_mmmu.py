@@ -56,7 +56,7 @@ def test_choice_of_equal_places_is_the_first():
     assert mmmu.parse_choice("well, it is the same thing I guess", ["A", "B"], options) == "A"
 
 
-def test_guesses_are_those_of_seed_42_in_the_order_of_the_file():
+def test_random_choices_are_those_of_seed_42_in_the_order_of_the_file():
     letters = ["A", "B", "C", "D"]
     rng = Random(42)
     expected = [rng.choice(letters) for _ in range(8)]
@@ -64,7 +64,7 @@ def test_guesses_are_those_of_seed_42_in_the_order_of_the_file():
     response = {"question_type": "multiple-choice", "all_choices": letters, "index2ans": OPTIONS, "response": "no idea"}
     responses = [response | {"id": f"validation_Art_{i}", "answer": letter} for i, letter in enumerate(expected)]
     assert all(line["correct"] for line in mmmu.score_responses(responses))
-    clear = response | {"id": "validation_Art_9", "answer": "D", "response": "D"}  # uses up no guess
+    clear = response | {"id": "validation_Art_9", "answer": "D", "response": "D"}  # draws no random choice
     assert all(line["correct"] for line in mmmu.score_responses([clear, *responses]))
 
 
@@ -98,7 +98,7 @@ def test_guesses_are_those_of_seed_42_in_the_order_of_the_file():
         ("5", "The answer is 3, 5 was wrong. Because of it", True),
         ("5", "a = 5\nso x is 3", False),  # = is a sign in the last line only, and the first has no other
         ("3", "so it is is 3", True),  # the shortest rest
-        ("4", "4 is", True),  # no rest: the whole
+        ("4", "4 is", True),  # no rest: the whole reply
         ("10", "10%", True),
         ("1", "1/3", True),  # 1 and 3 are numbers in it
         ("", "anything", True),  # the empty text is part of every other
@@ -211,7 +211,7 @@ def test_score_command(tmp_path, capsys):
 
 
 # What the official rules make of data/mmmu_example_outputs.jsonl, worked out by hand: a letter in brackets counts,
-# "Project A" holds a bare A, no open reply names its number, three replies name nothing: the guesses are A, A and C.
+# "Project A" holds a bare A, no open reply names its number, three replies name nothing: A, A and C are drawn.
 RIGHT = {
     "Accounting": [45, 246, 282, 302, 329, 365, 386],
     "Electronics": [14, 76, 86, 107, 168, 190, 210, 232],
@@ -380,7 +380,7 @@ def test_without_pyarrow(asked, tmp_path, capsys, monkeypatch):
 
 
 def test_tiny_model_end_to_end(pair, tmp_path, capsys):
-    """The real engine, from parquet to --score: made-up weights say nothing sensible, and every reply is judged."""
+    """The real engine, from parquet to --score: random weights give nonsense, and every reply is judged."""
     pytest.importorskip("pyarrow")
     data, output = bench.write_mmmu(tmp_path / "data"), tmp_path / "out.jsonl"
     path = pair("qwen2.5-vl").path

@@ -1,4 +1,4 @@
-"""Real weights, where there are some: REAL_CHECKPOINT names a converted text model's hub folder (Qwen2.5 0.5B, say)."""
+"""Real weights, if any: REAL_CHECKPOINT names the folder of a converted text model (Qwen2.5 0.5B, say)."""
 
 import json
 import os
@@ -33,7 +33,7 @@ PROMPTS = [
 @pytest.mark.skipif(FOLDER is None, reason="REAL_CHECKPOINT is not set")
 @torch.inference_mode()
 def test_greedy_answers_equal_transformers(capsys):
-    """The reference reads our answer and must have said the same at every place, up to the first near-tie."""
+    """Given our answer, the reference must choose the same token at every place, up to the first near-tie."""
     engine, tokenizer = load(Path(FOLDER) / "model.pth", dtype=torch.float32)
     reference = transformers.AutoModelForCausalLM.from_pretrained(FOLDER, dtype=torch.float32).eval()
     reference_tokenizer = transformers.AutoTokenizer.from_pretrained(FOLDER)
@@ -64,7 +64,7 @@ def test_perplexity_of_small_weights(tmp_path):
     limits = {"int8": 0.5, "int4.g32": 6, "int4.g128": 10}
     formats = ["none", *limits, "int4.g32.minmax", "int4.g128.minmax"]
     out = tmp_path / "perplexity.jsonl"
-    flags = ["--checkpoint_path", Path(FOLDER) / "model.pth", "--expand", "--out", out, "--formats", *formats]
+    flags = ["--checkpoint_path", Path(FOLDER) / "model.pth", "--dequantize", "--out", out, "--formats", *formats]
     subprocess.run([sys.executable, ROOT / "scripts" / "perplexity.py", *flags], check=True)
     found = {line["format"]: line["perplexity"] for line in map(json.loads, out.read_text().splitlines())}
     for name, limit in limits.items():

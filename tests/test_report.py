@@ -79,7 +79,7 @@ def test_page_of_two_runs(results):
 
 
 def test_page_needs_nothing_else(results):
-    """No script, no link, no picture from elsewhere; what a model says is text and never markup."""
+    """No script, no link, no picture from elsewhere; a model's reply is text and never markup."""
     page = Page(make_page(results))
     assert not {tag for tag, _ in page.tags} & {"script", "link", "iframe", "object", "embed", "a"}
     assert all(attributes["src"].startswith("data:image/") for tag, attributes in page.tags if tag == "img")

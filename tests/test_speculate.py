@@ -1,4 +1,4 @@
-"""A draft changes how fast the target speaks, and never what it says."""
+"""A draft changes the target's speed and never its output."""
 
 import itertools
 import json
@@ -88,7 +88,7 @@ TRAINED = [path for path in generate.DEFAULT_IMAGE.parent.parent.glob("tiny-*/mo
 
 @pytest.mark.parametrize("path", TRAINED, ids=[path.parent.name for path in TRAINED])
 def test_greedy_with_a_trained_draft_is_greedy_without(path):
-    """The pairs that ship: guesses are right here in runs of every length, and answers end within them."""
+    """The pairs that ship: draft tokens are accepted here in runs of every length, and answers end within them."""
     engine, tokenizer = generate.load(path, device="cpu", dtype=torch.float32)
     draft_path = path.parent.with_name(f"{path.parent.name}-draft") / path.name
     draft, _ = generate.load(draft_path, device="cpu", dtype=torch.float32)
@@ -104,12 +104,12 @@ def test_greedy_with_a_trained_draft_is_greedy_without(path):
         result = with_its_draft(engine, question, images, 48, tokenizer.stop_ids)
         assert result["token_ids"] == expected, (pruning, k)
         runs |= {n for n, count in enumerate(result["accept_counts"]) if count}
-    assert len(runs) > 5, "of the nine lengths that a run of accepted guesses can have"
+    assert len(runs) > 5, "of the nine lengths that a run of accepted draft tokens can have"
 
 
 @pytest.mark.parametrize("family", ["qwen2", "qwen2.5-vl"])
 def test_a_draft_equal_to_the_target_accepts_everything(with_draft, family):
-    """Greedy and sampled: 1 token of the prefill, then k guesses and one more a step."""
+    """Greedy and sampled: 1 token of the prefill, then k draft tokens and one more per verification."""
     pair = with_draft(family, "itself", k=4)
     for sampling in (Sampling(), Sampling(temperature=0.8)):
         pair.engine.forget()
@@ -120,7 +120,7 @@ def test_a_draft_equal_to_the_target_accepts_everything(with_draft, family):
 
 @pytest.mark.parametrize("n_new", range(1, 14))
 def test_length_is_exact(with_draft, n_new):
-    """A step that guesses past the end gives only what was asked for, and counts no more guesses than it gives."""
+    """A verification past the end gives only the requested tokens, and counts no more accepted ones than that."""
     pair = with_draft("qwen2", "itself", k=4)
     result = with_its_draft(pair.engine, *ask(pair), n_new)
     steps, rest = divmod(n_new - 1, 5)
@@ -142,10 +142,10 @@ def test_stop_token_anywhere_in_an_accepted_run(with_draft, place, draft):
     result = with_its_draft(pair.engine, tokens, images, 24, {free[place]})
     assert result["token_ids"] == free[: end + 1] and result["finish_reason"] == "stop"
     assert pair.engine.cached.keys == tokens + free[:end]
-    held = pair.engine.draft.engine.cached.keys
-    assert held == (tokens + free)[: len(held)] and len(held) <= len(tokens) + end
-    guessed = sum(n * count for n, count in enumerate(result["accept_counts"]))
-    assert guessed <= end
+    keys = pair.engine.draft.engine.cached.keys
+    assert keys == (tokens + free)[: len(keys)] and len(keys) <= len(tokens) + end
+    n_accepted = sum(n * count for n, count in enumerate(result["accept_counts"]))
+    assert n_accepted <= end
 
 
 @pytest.mark.parametrize("family, draft", [("qwen2", "qwen2:other"), ("qwen2.5-vl", "qwen2.5-vl:other")])
@@ -165,14 +165,14 @@ def test_conversation(with_draft, family, draft, pruning):
         pair.engine.forget()  # the comparison has overwritten the caches
         with_its_draft(pair.engine, tokens, images, 12, pair.tokenizer.stop_ids)
         assert (pair.engine.cached.keys, pair.engine.draft.engine.cached.keys) == kept
-        said = [token for token in result["token_ids"] if token not in pair.tokenizer.stop_ids]
-        reply = {"role": "assistant", "content": [{"type": "tokens", "ids": said}]}
+        kept = [token for token in result["token_ids"] if token not in pair.tokenizer.stop_ids]
+        reply = {"role": "assistant", "content": [{"type": "tokens", "ids": kept}]}
         messages += [reply, {"role": "user", "content": "And then?"}]
 
 
 @pytest.mark.parametrize("target_slots, draft_slots", [(None, 70), (75, None), (75, 70), (70, 75)])
 def test_caches_do_not_overflow(with_draft, target_slots, draft_slots):
-    """Whichever cache ends first: the target speaks to its own end, without the draft if need be."""
+    """Whichever cache fills first: the target decodes to its own end, without the draft if need be."""
     pair = with_draft("qwen2", "itself", k=8)
     tokens, images = ask(pair)
     assert len(tokens) < 70
@@ -251,11 +251,11 @@ def sample_three(rule, p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
     length = torch.ones(N_SAMPLES, 1, dtype=torch.long)
     judge = torch.vmap(rule, randomness="different")
     while length.min() < 4:
-        guesses, last = [], tokens.gather(1, length - 1)[:, 0]
+        proposed, last = [], tokens.gather(1, length - 1)[:, 0]
         for _ in range(K):
-            guesses.append(draw(q[guesses[-1] if guesses else last]))
-        context = torch.stack((last, *guesses), dim=1)
-        new, n = judge(torch.stack(guesses, dim=1), q[context[:, :-1]], p[context])
+            proposed.append(draw(q[proposed[-1] if proposed else last]))
+        context = torch.stack((last, *proposed), dim=1)
+        new, n = judge(torch.stack(proposed, dim=1), q[context[:, :-1]], p[context])
         room = length.clamp(max=4)
         tokens.scatter_(1, room + torch.arange(K + 1), new)  # what follows the n + 1st is overwritten by the next
         length = torch.where(length < 4, length + n + 1, length)
@@ -285,15 +285,15 @@ def test_sampling_with_a_draft_is_sampling_without(draft):
     assert p_value(accept, p, drafts[draft]) > 0.01
 
 
-def accept_always(guesses, q, p):
-    return F.pad(guesses, (0, 1)).index_copy(0, torch.tensor([K]), draw(p[-1:])), torch.tensor([K])
+def accept_always(proposed, q, p):
+    return F.pad(proposed, (0, 1)).index_copy(0, torch.tensor([K]), draw(p[-1:])), torch.tensor([K])
 
 
-def accept_without_residual(guesses, q, p):
+def accept_without_residual(proposed, q, p):
     """The mistake of drawing the replacement from p instead of max(p - q, 0)."""
-    stays = torch.rand(K) < (p[:-1].gather(1, guesses[:, None]) / q.gather(1, guesses[:, None]))[:, 0]
+    stays = torch.rand(K) < (p[:-1].gather(1, proposed[:, None]) / q.gather(1, proposed[:, None]))[:, 0]
     n = stays.long().cumprod(0).sum(0, keepdim=True)
-    return F.pad(guesses, (0, 1)).index_copy(0, n, draw(p.index_select(0, n))), n
+    return F.pad(proposed, (0, 1)).index_copy(0, n, draw(p.index_select(0, n))), n
 
 
 @pytest.mark.parametrize("rule", [accept_always, accept_without_residual])
@@ -370,7 +370,7 @@ class StandInDevice(TorchFunctionMode):
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(0.8, 40)], ids=["greedy", "sampled"])
 @pytest.mark.parametrize("family", VL_FAMILIES)
 def test_draft_on_a_device_of_its_own(with_draft, family, sampling):
-    """The same tokens, and between the devices pass only the guesses and, when sampling, their probabilities."""
+    """The same tokens, and only draft tokens and, when sampling, their probabilities move between the devices."""
     pair = with_draft(family, f"{family}:other", 3, Pruning("structured", 0.5))
     question = ask(pair)
 

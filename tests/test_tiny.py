@@ -17,7 +17,7 @@ from scripts.tasks.scenes import held_out_questions
 
 ROOT = Path(__file__).resolve().parent.parent
 N_QUESTIONS = 500
-OTHERS = {  # of 100 held-out questions, how many at least
+OTHERS = {  # of 100 held-out questions, the least number of right answers
     "tiny-llava-onevision": 80,
     "tiny-llava-onevision-draft": 55,
     "tiny-llama-3.2-vision": 80,

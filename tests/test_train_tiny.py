@@ -14,7 +14,7 @@ N_SCENES = 1000  # enough for the words of the corpus to be tokens
 
 @pytest.mark.parametrize("name", train_tiny.FAMILIES)
 def test_from_random_weights_to_an_answer(name, tmp_path):
-    """The training's forward pass gives transformers' logits; what is saved says the same there and here."""
+    """The training's forward pass gives transformers' logits; the saved model gives the same text there and here."""
     family = train_tiny.FAMILIES[name]
     tokenizer = train_tiny.train_tokenizer(family, n_scenes=N_SCENES)
     torch.manual_seed(0)

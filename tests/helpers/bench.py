@@ -68,7 +68,7 @@ def make_subject(subject: str) -> list[dict]:
 
 
 def write_parquet(path: Path, rows: list[dict]) -> None:
-    """In the schema of the hub's files."""
+    """In the schema of the published files."""
     import pyarrow
     import pyarrow.parquet
 
@@ -81,7 +81,7 @@ def write_parquet(path: Path, rows: list[dict]) -> None:
 
 
 def write_mmmu(folder: Path) -> Path:
-    """30 items of three subjects, as the hub's folders have them."""
+    """30 items of three subjects, in folders as they are published."""
     for subject in SUBJECTS:
         write_parquet(folder / subject / "validation-00000-of-00001.parquet", make_subject(subject))
     return folder
