@@ -391,18 +391,24 @@ inline floats exp2(floats x) {
     return (floats)((ints)sum + ((ints)shifted << 23));
 }
 
-// 1 or COUNT registers of lines, of which pair j of line i becomes pair i of line j.
+// Lanes whose number has HALF in it change places: of the first register with those HALF before of the second.
+template <int HALF, int... I>
+inline void exchange(ints& a, ints& b, std::integer_sequence<int, I...>) {
+#ifdef __clang__
+    const ints first = __builtin_shufflevector(a, b, (I & HALF ? LANES + I - HALF : I)...);
+    b = __builtin_shufflevector(a, b, (I & HALF ? LANES + I : I + HALF)...);
+#else
+    const ints first = __builtin_shuffle(a, b, ints{(I & HALF ? LANES + I - HALF : I)...});
+    b = __builtin_shuffle(a, b, ints{(I & HALF ? LANES + I : I + HALF)...});
+#endif
+    a = first;
+}
+
+// Lane j of line i changes places with lane i of line j.
 template <int HALF = LANES / 2>
 inline void transpose(ints lines[LANES]) {
-    UNROLL for (int i = 0; i < LANES; i++) {
-        if (i & HALF) continue;
-        ints first, second;
-        UNROLL for (int j = 0; j < LANES; j++) {
-            first[j] = j & HALF ? lines[i + HALF][j - HALF] : lines[i][j];
-            second[j] = j & HALF ? lines[i + HALF][j] : lines[i][j + HALF];
-        }
-        lines[i] = first, lines[i + HALF] = second;
-    }
+    UNROLL for (int i = 0; i < LANES; i++)
+        if (!(i & HALF)) exchange<HALF>(lines[i], lines[i + HALF], std::make_integer_sequence<int, LANES>());
     if constexpr (HALF > 1) transpose<HALF / 2>(lines);
 }
 
@@ -488,6 +494,10 @@ void turn_keys(const bfloat16* k, int64_t first, int64_t last, int64_t width, fl
     }
 }
 
+inline void prefetch(const bfloat16* p, int64_t n) {
+    for (int64_t i = 0; i < n; i += 32) __builtin_prefetch(p + i);
+}
+
 // Rows of one head look at its slots first to last.
 void attend_part(Row* rows, int64_t n_rows, const bfloat16* k, const bfloat16* v, int64_t first, int64_t last,
                  int64_t width) {
@@ -498,8 +508,11 @@ void attend_part(Row* rows, int64_t n_rows, const bfloat16* k, const bfloat16* v
     for (int64_t r = 0; r < n_rows; r++)
         for (int64_t i = 0; i < width; i++) q[r * STRIDE + i] = widen(rows[r].q[i]) * scale;
     const auto each_rows = [&](auto run) {
-        for (int64_t r = 0; r < n_rows; r += MAX_ROWS)
-            with_constant(std::min<int64_t>(MAX_ROWS, n_rows - r), [&](auto count) { run(r, count); });
+        const int64_t n_passes = (n_rows + MAX_ROWS - 1) / MAX_ROWS;  // of about as many rows
+        for (int64_t i = 0, r = 0, next; i < n_passes; i++, r = next) {
+            next = (i + 1) * n_rows / n_passes;
+            with_constant(next - r, [&](auto count) { run(r, count); });
+        }
     };
     for (int64_t start = first; start < last; start += SLOTS) {
         const int64_t n = std::min<int64_t>(SLOTS, last - start);
@@ -507,6 +520,8 @@ void attend_part(Row* rows, int64_t n_rows, const bfloat16* k, const bfloat16* v
         for (int64_t r = 0; r < n_rows; r++) any |= look(rows[r], start, n, &seen[r * SLOTS]);
         if (!any) continue;
         for (int64_t t = 0; t < n; t += COLUMNS) {
+            prefetch(k + (start + t + 2 * COLUMNS) * width, COLUMNS * width);
+            prefetch(v + (start + t) * width, COLUMNS * width);
             turn_keys(k, start + t, last, width, keys);
             each_rows([&](int64_t r, auto count) { score<count>(&q[r * STRIDE], keys, width, &scores[r * SLOTS + t]); });
         }
@@ -571,6 +586,22 @@ void product(int bits, int is_float, int threads, const void* x, const void* w, 
         run((const float*)x, (float*)y);
     else
         run((const bfloat16*)x, (bfloat16*)y);
+}
+
+// y [S, K] = weight * x / sqrt(mean of x^2 + eps)
+void rms_norm(int threads, float eps, const bfloat16* x, const bfloat16* weight, bfloat16* y, int64_t s, int64_t k) {
+    parallel(s < 16 ? 1 : threads, s, 8, [=](int64_t t) {
+        floats squares = {};
+        int64_t i = 0;
+        for (; i + 2 * LANES <= k; i += 2 * LANES) {
+            const ints pairs = load<ints>(x + t * k + i);
+            squares += even(pairs) * even(pairs) + odd(pairs) * odd(pairs);
+        }
+        float sum = sum_lanes(squares);
+        for (; i < k; i++) sum += widen(x[t * k + i]) * widen(x[t * k + i]);
+        const float factor = 1 / std::sqrt(sum / k + eps);
+        for (i = 0; i < k; i++) narrow(widen(x[t * k + i]) * factor * widen(weight[i]), y + t * k + i);
+    });
 }
 
 // mask [S, T], or null: the first token sees n_seen slots, each further one a slot more. Strides, in numbers: q_head,

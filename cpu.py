@@ -66,7 +66,8 @@ def kernels() -> ctypes.CDLL | None:
     pointer, number = ctypes.c_void_p, ctypes.c_int64
     loaded.product.argtypes = [ctypes.c_int] * 3 + [pointer] * 5 + [number] * 4
     loaded.attend.argtypes = [ctypes.c_int, number] + [pointer] * 5 + [number] * 9
-    loaded.product.restype = loaded.attend.restype = None
+    loaded.rms_norm.argtypes = [ctypes.c_int, ctypes.c_float] + [pointer] * 3 + [number] * 2
+    loaded.product.restype = loaded.attend.restype = loaded.rms_norm.restype = None
     loaded.instruction_set.restype = ctypes.c_char_p
     return loaded
 
@@ -129,13 +130,13 @@ def multiply(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | Non
     Raises RuntimeError for another K.
     """
     bits, groups = (16, 1) if scale is None else (8, 1) if scale.dtype == torch.float32 else (4, scale.shape[1])
-    columns = weight.shape[1] * weight.element_size() * 8 // bits
-    if x.shape[1] != columns:
-        raise RuntimeError(f"{x.shape[1]} columns times weights of {columns}")
-    x, y = x.contiguous(), x.new_empty(len(x), n)
-    pointers = (None if t is None else t.data_ptr() for t in (x, weight, scale, bias, y))
-    is_float, threads = x.dtype == torch.float32, torch.get_num_threads()
-    kernels().product(bits, is_float, threads, *pointers, len(x), n, columns, groups)
+    s, k = x.shape
+    if k != (columns := weight.shape[1] * weight.element_size() * 8 // bits):
+        raise RuntimeError(f"{k} columns times weights of {columns}")
+    x, y = x.contiguous(), x.new_empty(s, n)
+    scales, offsets = (None if t is None else t.data_ptr() for t in (scale, bias))
+    pointers = x.data_ptr(), weight.data_ptr(), scales, offsets, y.data_ptr()
+    kernels().product(bits, x.dtype == torch.float32, torch.get_num_threads(), *pointers, s, n, k, groups)
     return y
 
 
@@ -179,6 +180,37 @@ class Attend(nn.Module):
         return attend(q, k, v, mask)
 
 
+def normalize(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """F.rms_norm of x [S, K] and weight [K], both bfloat16, computed in float32 and rounded once."""
+    x, y = x.contiguous(), torch.empty_like(x)
+    kernels().rms_norm(torch.get_num_threads(), eps, x.data_ptr(), weight.data_ptr(), y.data_ptr(), *x.shape)
+    return y
+
+
+rms_norm = make_operator(
+    "rms_norm(Tensor x, Tensor weight, float eps) -> Tensor",
+    "CPU",
+    normalize,
+    lambda x, weight, eps: torch.empty_like(x),
+)
+
+
+class RMSNorm(nn.RMSNorm):
+    """A decoder's norm in one call. A token of 896 numbers: 12 us, where PyTorch's eight take 58 (AMD EPYC, Zen 1)."""
+
+    def __init__(self, norm: nn.RMSNorm):
+        super().__init__(norm.normalized_shape, norm.eps, device="meta")
+        kind = norm.weight.device.type, norm.weight.dtype
+        if kind != ("cpu", torch.bfloat16) or norm.eps is None or kernels() is None:
+            raise UnsupportedByKernel
+        self.weight = norm.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.ndim != 2 or torch.compiler.is_compiling():  # Inductor merges it with what stands around it
+            return super().forward(x)
+        return rms_norm(x, self.weight, self.eps)
+
+
 def frozen(tensor: Tensor) -> nn.Parameter:
     return nn.Parameter(tensor, requires_grad=False)
 
@@ -196,8 +228,9 @@ class RowLinear(nn.Module):
         self.out_features, self.in_features = linear.weight.shape
 
     def forward(self, x: Tensor) -> Tensor:
-        y = product(x.flatten(0, -2), self.weight, None, self.bias, self.out_features)
-        return y.unflatten(0, x.shape[:-1])
+        if x.ndim != 2:
+            return self(x.flatten(0, -2)).unflatten(0, x.shape[:-1])
+        return product(x, self.weight, None, self.bias, self.out_features)
 
 
 class BlockLinear(nn.Module):
@@ -301,6 +334,12 @@ def replace_attention(decoder: model.Transformer) -> None:
             decoder.set_submodule(name, Attend())
 
 
+def replace_norms(decoder: model.Transformer) -> None:
+    for name in [name for name, child in decoder.named_modules() if isinstance(child, nn.RMSNorm)]:
+        with contextlib.suppress(UnsupportedByKernel):
+            decoder.set_submodule(name, RMSNorm(decoder.get_submodule(name)))
+
+
 def prepare(module: nn.Module) -> dict[str, Counter[str]]:
     """Make a loaded decoder, quantized or not, or an encoder fast on the CPU. On another device it stays as it is.
 
@@ -310,4 +349,5 @@ def prepare(module: nn.Module) -> dict[str, Counter[str]]:
     if not isinstance(module, model.Transformer):
         return replace_linears(module, (RowLinear,), "encoder ")  # where oneDNN is fast, nn.Linear uses it
     replace_attention(module)
+    replace_norms(module)
     return replace_linears(module, (PackedLinear, RowLinear))

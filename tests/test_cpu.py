@@ -186,6 +186,21 @@ def test_bfloat16_rows(each_build, monkeypatch, n, k):
     torch.set_num_threads(1)
 
 
+@pytest.mark.parametrize("k", [896, 37])
+@torch.inference_mode()
+def test_norm(each_build, k):
+    plain = nn.RMSNorm(k, 1e-6).bfloat16().requires_grad_(False)
+    plain.weight.data.copy_(torch.randn(k))
+    packed = cpu.RMSNorm(plain)
+    for s in (0, 1, 6, 40):
+        x = torch.randn(s, k).bfloat16() * 10
+        exact = nn.functional.rms_norm(x.double(), (k,), plain.weight.double(), 1e-6)
+        assert s == 0 or relative(packed(x), exact) < 3e-3
+    x[2, 1], x[3] = float("nan"), 0.0
+    assert packed(x)[2].isnan().all() and packed(x)[3].eq(0).all()
+    assert packed(x[None]).shape == (1, 40, k), "several dimensions are PyTorch's"
+
+
 @pytest.mark.parametrize("mode", ["int8", "int4"])
 @torch.inference_mode()
 def test_largest_sums(each_build, mode):
