@@ -21,6 +21,7 @@ from collections import Counter
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, library, nn
@@ -54,7 +55,7 @@ def target_flag() -> str:
 
 
 @cache
-def kernels() -> ctypes.CDLL | None:
+def kernels() -> Any:  # a ctypes.CDLL, whose functions have no types
     """cpu.cpp, built when it, its flags or the CPU have changed; None where it cannot be built."""
     try:
         loaded = build_library()
@@ -150,7 +151,8 @@ product = make_operator(
 
 def run_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """model.attend, for bfloat16 on the CPU."""
-    q, mask = (t if t is None or t.stride(-1) == 1 else t.contiguous() for t in (q, mask))
+    q = q if q.stride(-1) == 1 else q.contiguous()
+    mask = mask if mask is None or mask.stride(-1) == 1 else mask.contiguous()
     (n_head, n_tokens, head_dim), (n_kv_head, n_slots, _) = q.shape, k.shape
     if k.stride() != v.stride() or k.stride(1) != head_dim:  # parts of caches are read where they are
         k, v = k.contiguous(), v.contiguous()
@@ -158,10 +160,12 @@ def run_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tenso
     strides = q.stride(0), q.stride(1), k.stride(0), 0 if mask is None else mask.stride(0)
     for i in range(0, n_tokens, SLAB):
         pointers = q.data_ptr() + 2 * i * strides[1], k.data_ptr(), v.data_ptr()  # 2 bytes a number
-        pointers += mask if mask is None else mask.data_ptr() + i * strides[3], y.data_ptr() + 2 * i * y.stride(0)
+        seen = None if mask is None else mask.data_ptr() + i * strides[3]
         sizes = n_head, n_kv_head, min(SLAB, n_tokens - i), n_slots, head_dim
         n_seen = i + 1 if mask is None else n_slots
-        kernels().attend(torch.get_num_threads(), n_seen, *pointers, *sizes, *strides)
+        kernels().attend(
+            torch.get_num_threads(), n_seen, *pointers, seen, y.data_ptr() + 2 * i * y.stride(0), *sizes, *strides
+        )
     return y
 
 
@@ -239,7 +243,7 @@ class BlockLinear(nn.Module):
     layer: a quantize.QuantizedLinear: weight, scale, zero (None of int8) and bias as its docstring has them.
     """
 
-    def __init__(self, layer: nn.Module, dtype: torch.dtype):
+    def __init__(self, layer: Any, dtype: torch.dtype):
         super().__init__()
         int4, groups = layer.zero is not None, layer.scale[0].numel()
         self.out_features = layer.weight.shape[0]

@@ -18,8 +18,9 @@ Shapes: N output features, K input features, G groups of a row, S tokens.
 import contextlib
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any, TypeVar, cast
 
 from cli import Parser, run_command
 
@@ -32,6 +33,7 @@ from checkpoint import CONVERT, first_line, load_mapped, read_params, write_chec
 from cpu import UnsupportedByKernel, frozen
 from model import Transformer
 
+Layer = TypeVar("Layer", bound=nn.Module)
 MODES = {"int8": torch.int8, "int4": torch.uint8, "fp8": torch.float8_e4m3fn}  # and the dtype of their weights
 LARGEST = {"int8": 127.0, "fp8": 448.0}
 GROUP_SIZES = (32, 64, 128)
@@ -62,14 +64,16 @@ def quantize_rows(w: Tensor, mode: str) -> tuple[Tensor, Tensor]:
     return (w.round() if mode == "int8" else w).to(MODES[mode]), scale
 
 
-def quantize_groups(w: Tensor, group: int, shrinks=SHRINKS, refits: int = REFITS) -> tuple[Tensor, Tensor, Tensor]:
+def quantize_groups(
+    w: Tensor, group: int, shrinks: Sequence[float] = SHRINKS, refits: int = REFITS
+) -> tuple[Tensor, Tensor, Tensor]:
     """w [N, K] as int4: weight [N, K/2], scale and zero [N, G].
 
     Scale and zero are those of least weighted squared error among some: the group's range clipped by each of shrinks
     (the search of Choukroun et al., arXiv 1902.06822, also AWQ's, 2306.00978), each followed by refits times the least
     squares line through the weights over their codes and new codes for that line (Lloyd's iteration, as in LQ-Nets,
     1807.10029). A weight counts 1 + w^2 / mean(w^2) times: without, the search clips the few large ones, and perplexity
-    suffers (README, Small weights). The idea is that of llama.cpp's k-quants, whose factor is rms(w) + |w|
+    suffers (docs/quantization.md). The idea is that of llama.cpp's k-quants, whose factor is rms(w) + |w|
     (make_qkx2_quants). In no group is the plain squared error larger than that of shrinks=(1,), refits=0: rounding
     between minimum and maximum.
     """
@@ -77,7 +81,8 @@ def quantize_groups(w: Tensor, group: int, shrinks=SHRINKS, refits: int = REFITS
     square = w.square()
     importance = 1 + square / square.mean(-1, keepdim=True).clamp(min=1e-30)
     low, high = w.amin(-1, keepdim=True), w.amax(-1, keepdim=True)  # [N, G, 1], like all that follow but codes
-    limit = best = None  # the first's plain squared error; the best's weighted one, scale, zero
+    limit = torch.full_like(low, torch.inf)  # the first's plain squared error
+    best: tuple[Tensor, ...] = limit, low, low  # the best's weighted squared error, scale, zero
     for shrink in shrinks:
         scale = (high - low) * shrink / 15
         zero = (high + low + scale) / 2  # the codes -8 to 7 lie around -1/2
@@ -86,8 +91,7 @@ def quantize_groups(w: Tensor, group: int, shrinks=SHRINKS, refits: int = REFITS
             codes = encode(w, scale, zero)
             squared = (codes * scale + zero - w).square()
             plain, error = squared.sum(-1, keepdim=True), (squared * importance).sum(-1, keepdim=True)
-            limit = plain if limit is None else limit
-            best = best or (error, scale, zero)
+            limit = torch.where(limit.isinf(), plain, limit)
             better = (error < best[0]) & (plain <= limit)
             best = tuple(torch.where(better, new, old) for new, old in zip((error, scale, zero), best))
             scale, zero = fit_line(codes, w, importance)
@@ -208,8 +212,12 @@ def load_weights(
         raise ValueError(f"{path} {problem}: {CONVERT}") from error
 
 
-def linears(model: nn.Module, kind: type = nn.Linear) -> dict[str, nn.Module]:
+def layers_of(model: nn.Module, kind: type[Layer]) -> dict[str, Layer]:
     return {name: module for name, module in model.named_modules() if isinstance(module, kind)}
+
+
+def linears(model: nn.Module) -> dict[str, nn.Linear]:
+    return layers_of(model, nn.Linear)
 
 
 def pack(model: nn.Module, dtype: torch.dtype) -> dict[str, Counter[str]]:
@@ -218,8 +226,8 @@ def pack(model: nn.Module, dtype: torch.dtype) -> dict[str, Counter[str]]:
     Returns how many layers of each mode are of which class then; nn.Linear is a layer that was dequantized to dtype.
     """
     counts: dict[str, Counter[str]] = {}
-    for name in list(linears(model, QuantizedLinear)):  # names alone, so that a layer is freed when it is packed
-        layer = model.get_submodule(name)
+    for name in list(layers_of(model, QuantizedLinear)):  # names alone, so that a layer is freed when it is packed
+        layer = cast(QuantizedLinear, model.get_submodule(name))
         packed = pack_layer(layer, dtype)
         counts.setdefault(layer.mode, Counter())[type(packed).__name__] += 1
         model.set_submodule(name, packed)
@@ -264,6 +272,9 @@ def refusals_of_torch() -> Iterator[None]:
 
 class TorchLinear(nn.Module):
     """A layer whose product is an operator of PyTorch's."""
+
+    in_features: int
+    weight: nn.Parameter
 
     def try_once(self, dtype: torch.dtype) -> None:
         """On one token. Raises UnsupportedByKernel."""
@@ -324,9 +335,12 @@ def pad_rows(rows: Tensor, multiple: int) -> Tensor:
 class Int4(TorchLinear):
     """The weight-only products that PyTorch has for bfloat16: tinygemm on CUDA, its sibling on the CPU."""
 
+    multiply: Callable
+    pack: Callable[[Tensor], Tensor]
+
     def __init__(self, layer: QuantizedLinear, dtype: torch.dtype):
         super().__init__()
-        if dtype != torch.bfloat16:
+        if dtype != torch.bfloat16 or layer.zero is None:
             raise UnsupportedByKernel
         self.in_features = 2 * layer.weight.shape[1]
         self.group = self.in_features // layer.scale.shape[1]
@@ -425,7 +439,7 @@ def read_finite(path: Path, name: str) -> Tensor:
     return tensor
 
 
-def quantize_layer(w: Tensor, mode: str, group: int, **search) -> tuple[list[Tensor], float, float]:
+def quantize_layer(w: Tensor, mode: str, group: int, **search: Any) -> tuple[list[Tensor], float, float]:
     """weight, scale and for int4 zero; the squared error, and the sum of the squared weights.
 
     search: other numbers for quantize_groups.
@@ -441,10 +455,12 @@ def quantize_layer(w: Tensor, mode: str, group: int, **search) -> tuple[list[Ten
     return by_rows(change, w), *sums.tolist()
 
 
-def quantize_in_place(model: nn.Module, mode: str, group: int, dtype: torch.dtype, **search) -> dict[str, Counter[str]]:
+def quantize_in_place(
+    model: nn.Module, mode: str, group: int, dtype: torch.dtype, **search: Any
+) -> dict[str, Counter[str]]:
     """Quantize and pack the linear layers of a model that is in memory. Returns pack's counts."""
     for name in list(linears(model)):
-        linear = model.get_submodule(name)
+        linear = cast(nn.Linear, model.get_submodule(name))
         layer = QuantizedLinear(linear, mode, linear.in_features // group_for(linear.in_features, group))
         parts, *_ = quantize_layer(linear.weight.data, mode, group_for(linear.in_features, group), **search)
         state = dict(zip(("weight", "scale", "zero"), parts))

@@ -16,12 +16,15 @@ from datetime import datetime
 from functools import cache, cached_property, partial
 from io import StringIO
 from pathlib import Path
+from typing import Any, NoReturn
 from unicodedata import category, normalize
 
 import sentencepiece
 
 FORMAT = 2  # of the "tokenizer" entry of params.json
-REQUEST_TYPES = dict(messages=list, prompt=(str, int), images=list, raw=bool, system=str)  # what --requests may say
+REQUEST_TYPES: dict[str, Any] = dict(
+    messages=list, prompt=(str, int), images=list, raw=bool, system=str
+)  # what --requests may say
 REQUEST_TYPES |= dict(max_new_tokens=int, date_string=str)
 IMAGE_KEYS = ("path", "image", "min_pixels", "max_pixels", "resized_height", "resized_width")  # of an image part
 TEMPLATE_SECONDS, TEMPLATE_CHARACTERS = 5, 10_000_000  # what a chat template may take and write
@@ -78,9 +81,11 @@ class AddedTokens:
 
     def split(self, text: str, ignored: frozenset[int] = frozenset()) -> list[str | int]:
         """Ids of the tokens, and the text between them. The names of ignored ids are text."""
-        parts, end = [], 0
+        parts: list[str | int] = []
+        end = 0
         for match in self.pattern.finditer(text):
-            (start, stop), token, flags = match.span(), self.ids[match[0]], self.flags[match[0]]
+            start, stop = match.span()
+            token, flags = self.ids[match[0]], self.flags[match[0]]
             inside = "single_word" in flags and WORD & {*map(category, text[start - 1 : start] + text[stop : stop + 1])}
             if token in ignored or inside:
                 continue
@@ -110,7 +115,7 @@ def template_environment():
                 raise sandbox.SecurityError(f"it computes with {operator} what may be too large")
             return super().call_binop(context, operator, left, right)
 
-    def raise_exception(message: str):
+    def raise_exception(message: str) -> NoReturn:
         raise TemplateError(message)
 
     environment = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
@@ -130,7 +135,9 @@ class Refusal(ValueError):
 class Content(str):
     """Text that is also a list of its parts to a template that loops over them: some take texts, some parts."""
 
-    def __new__(cls, parts: list[dict]):
+    parts: list[dict]
+
+    def __new__(cls, parts: list[dict]) -> "Content":
         content = super().__new__(cls, "".join(part["text"] for part in parts))
         content.parts = parts
         return content
@@ -159,7 +166,7 @@ class ChatTemplate:
         with suppress(Refusal):
             self.around = [*self.render(messages, add_generation_prompt=False).split(PROBE), *self.around]
 
-    def render(self, messages: list[dict], **variables) -> str:
+    def render(self, messages: list[dict], **variables: Any) -> str:
         """The text of messages whose content is a list of {"type": "text", "text": ...} and {"type": "image"}.
 
         Raises ValueError where the sandbox stops the template, or it has no end: Refusal where it raises an error.
@@ -283,7 +290,7 @@ class Tokenizer:
         SentencePiece's prefix, a space in front, is "prepend" (of every piece; done before), "always" (where there is
         none), "first" (of these, the piece that begins a prompt) or "never", as tokenizer.json says it.
         """
-        if not self.bytelevel:
+        if self.split is None:
             prefix = self.settings["prefix"] == "always" or self.settings["prefix"] == "first" and start
             prefix = prefix and not text.startswith((" ", "\u2581"))
             return self.pieces.encode((" " * prefix + text).encode())
@@ -340,7 +347,7 @@ class Tokenizer:
             made_up = random.Random(0).choices(words, k=prompt)
             return self.encode_raw(images) + made_up, find_images([{"content": images}])
         if request.get("raw"):
-            placed = self.image_id is not None and self.image[1] in prompt
+            placed = self.image is not None and self.image[1] in prompt
             ids = self.encode_raw(prompt if placed else self.place_images(prompt, images))
             return ids, find_images([{"content": images}])
         if not prompt.strip():
@@ -394,7 +401,7 @@ class Tokenizer:
             content = [part if "text" not in part else text[0] for part, text in zip(parts, texts, strict=True)]
             turns.append({"role": message["role"], "content": content})
         variables = {} if date_string is None else {"date_string": self._guard(date_string, mark)}
-        ids = []
+        ids: list[int] = []
         for text, reply in self._place_replies(turns, replies, mark, variables):
             if ids and self.verbatim.pattern.match(text.lstrip()):  # a reply ends with its stop token at once
                 text = text.lstrip()
@@ -409,7 +416,7 @@ class Tokenizer:
         A reply's ids are put back where the text in front of it is the prompt that it answered, and where the template
         writes the reply's text unchanged, white space apart.
         """
-        render, squeeze = partial(self.template.render, **variables), lambda text: "".join(text.split())
+        render, squeeze = lambda turns: self.template.render(turns, **variables), lambda text: "".join(text.split())
         placed, last = [], None
         rest = lambda text: text.rpartition(last)[2] if last else text
         for place, ids in replies.items():
@@ -440,7 +447,9 @@ class Tokenizer:
                 case {"type": "image"} if self.image_id is None:
                     raise ValueError(f"{where}: this model takes no images")
                 case {"type": "image", **more} if unknown := more.keys() - {*IMAGE_KEYS}:
-                    raise ValueError(f"{where}: an image part has no {min(unknown)}, but {', '.join(IMAGE_KEYS)}")
+                    raise ValueError(
+                        f"{where}: an image part has no {min(map(str, unknown))}, but {', '.join(IMAGE_KEYS)}"
+                    )
                 case {"type": "image"} | {"type": "text", "text": str()} if part["type"] == "image" or len(part) == 2:
                     continue
                 case {"type": "tokens", "ids": list(ids)} if role == "assistant" and parts == [part]:
