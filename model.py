@@ -30,7 +30,7 @@ class ModelArgs:
     max_seq_len: int = 4096  # the context that the model was trained for, in tokens
     norm_eps: float = 1e-5
     rope_base: float = 10000.0
-    rope_scaling: dict | None = None  # Llama 3.1's numbers, under the names of Hugging Face's config.json
+    rope_scaling: dict | None = None  # factor and what inverse_frequencies needs; YaRN's attention_factor
     mrope_section: tuple[int, int, int] | None = None  # frequencies that follow (time, height, width)
     qkv_bias: bool = False
     tie_embeddings: bool = False  # the output layer is the embedding table
@@ -123,18 +123,24 @@ class Step(NamedTuple):
 
 
 def inverse_frequencies(args: ModelArgs, device: torch.device) -> Tensor:
-    """[d/2] float32 radians per position (RoFormer, arXiv 2104.09864), stretched as Llama 3.1 does if asked.
+    """[d/2] float32 radians per position (RoFormer, arXiv 2104.09864), stretched by rope_scaling if there is one.
 
-    Llama 3.1's rule (its model card's code): wavelengths beyond original/low_freq_factor are multiplied by factor,
-    those below original/high_freq_factor stay, between them the two are blended linearly.
+    Some stay, others are divided by factor, between them the two are blended linearly. Llama 3.1 (its model card's
+    code): wavelengths below original/high_freq_factor stay, those beyond original/low_freq_factor are stretched. YaRN
+    (arXiv 2309.00071): frequencies up to the first stay, from the last on they are stretched. Linear: all are.
     """
     exponent = torch.arange(0, args.head_dim, 2, dtype=torch.float32, device=device) / args.head_dim
     inv_freq = 1.0 / (args.rope_base**exponent)
     if (scaling := args.rope_scaling) is None:
         return inv_freq
-    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-    wavelengths_in_context = scaling["original_max_position_embeddings"] * inv_freq / (2 * math.pi)
-    keep = ((wavelengths_in_context - low) / (high - low)).clamp(0, 1)
+    keep = torch.zeros_like(inv_freq)
+    if "low_freq_factor" in scaling:
+        low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+        wavelengths_in_context = scaling["original_max_position_embeddings"] * inv_freq / (2 * math.pi)
+        keep = ((wavelengths_in_context - low) / (high - low)).clamp(0, 1)
+    elif "first" in scaling:
+        place = torch.arange(len(inv_freq), device=device)
+        keep = 1 - ((place - scaling["first"]) / (scaling["last"] - scaling["first"])).clamp(0, 1)
     return inv_freq * (keep + (1 - keep) / scaling["factor"])
 
 
@@ -297,8 +303,10 @@ class Transformer(nn.Module):
         self.cached, self.n_cross = CachedTokens(n_slots), n_cross
 
     def angles(self, rope_pos: Tensor) -> tuple[Tensor, Tensor]:
-        """rope_table [S, d] of the rotary positions [S, 3]."""
-        return rope_table(rope_pos[:, self.rope_axis].float() * self.inv_freq)
+        """rope_table [S, d] of the rotary positions [S, 3]; YaRN's are multiplied by its attention_factor."""
+        cos, sin = rope_table(rope_pos[:, self.rope_axis].float() * self.inv_freq)
+        scale = (self.args.rope_scaling or {}).get("attention_factor", 1.0)
+        return (cos, sin) if scale == 1.0 else (cos * scale, sin * scale)
 
     def forward(self, tokens: Tensor, input_pos: Tensor, n_slots: int | None = None) -> Tensor:
         """Logits [S, V] of tokens [S] written into the slots input_pos [S]; each attends to the slots up to its own.

@@ -9,11 +9,12 @@ size of the checkpoint at most and an interrupted conversion leaves no model.pth
 
 import argparse
 import json
+import math
 import re
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from functools import lru_cache
+from functools import lru_cache, reduce
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -47,33 +48,72 @@ Unused = list[str]  # regular expressions: hub keys of which nothing is made
 def refuse_others(config: dict, supported: dict, where: str = "config.json") -> None:
     """Raises ValueError for an entry that is there and says something else than the only value that is supported."""
     for name, wanted in supported.items():
-        if config.get(name, wanted) != wanted:
+        if config.get(name) not in (None, wanted):
             raise ValueError(f"{where}: {name} = {config[name]} is not supported, only {wanted} is")
+
+
+LLAMA3_SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+
+
+def read_rope_scaling(rope: dict, base: float, head_dim: int, context: int) -> tuple[dict | None, int]:
+    """ModelArgs.rope_scaling, and the context in tokens: the recipe's where it stretches config.json's."""
+    rope_type, original = rope.get("rope_type", rope.get("type", "default")), context
+    if rope_type in ("default", "mrope"):
+        return None, context
+    if rope_type == "llama3":
+        return {name: rope[name] for name in LLAMA3_SCALING}, context
+    if rope_type == "linear":
+        return {"factor": rope["factor"]}, max(context, round(rope["factor"] * original))
+    if rope_type != "yarn":
+        raise ValueError(f"config.json: rope scaling '{rope_type}' is not supported; llama3, yarn, linear, mrope are")
+    original = rope.get("original_max_position_embeddings") or context
+    scaling = yarn_scaling(rope | {"factor": rope.get("factor") or context / original}, base, head_dim, original)
+    return scaling, max(context, round(scaling["factor"] * original))
+
+
+def yarn_scaling(rope: dict, base: float, head_dim: int, original: int) -> dict:
+    """The numbers of YaRN (arXiv 2309.00071, section 3): what is stretched, and what cos and sin are multiplied by.
+
+    first, last: between these two of the head_dim / 2 frequencies the scaling sets in, linearly. They turn beta_fast
+    and beta_slow times within the original context.
+    """
+    turns = rope.get("beta_fast") or 32, rope.get("beta_slow") or 1
+    ends = [head_dim * math.log(original / (n * 2 * math.pi)) / (2 * math.log(base)) for n in turns]
+    first, last = (math.floor(ends[0]), math.ceil(ends[1])) if rope.get("truncate", True) else ends
+    first, last = max(first, 0), min(last, head_dim - 1)
+    mscale = lambda weight: 0.1 * weight * math.log(rope["factor"]) + 1 if rope["factor"] > 1 else 1.0
+    attention = mscale(1)
+    if rope.get("mscale") and rope.get("mscale_all_dim"):
+        attention = mscale(rope["mscale"]) / mscale(rope["mscale_all_dim"])
+    if rope.get("attention_factor") is not None:
+        attention = rope["attention_factor"]
+    last += 0.001 * (first == last)
+    return {"factor": rope["factor"], "first": first, "last": last, "attention_factor": attention}
 
 
 def decoder_args(config: dict, **more) -> ModelArgs:
     """ModelArgs of a Llama- or Qwen2-style config.json. Raises ValueError for what the decoder does not compute."""
     rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
-    rope_type = rope.get("rope_type", rope.get("type", "default"))
-    if rope_type not in ("default", "mrope", "llama3"):
-        raise ValueError(f"config.json: rope scaling '{rope_type}' is not supported (only llama3 and mrope are)")
     refuse_others(config, {"hidden_act": "silu", "use_sliding_window": False, "mlp_bias": False})
-    heads = config["num_attention_heads"]
-    numbers = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+    if config.get("dual_chunk_attention_config"):
+        raise ValueError("config.json: dual_chunk_attention_config is not supported: remove it for shorter contexts")
+    heads, base = config["num_attention_heads"], float(config.get("rope_theta") or rope.get("rope_theta", 10000.0))
+    head_dim = config.get("head_dim") or config["hidden_size"] // heads
+    scaling, max_seq_len = read_rope_scaling(rope, base, head_dim, config["max_position_embeddings"])
     return ModelArgs(
         dim=config["hidden_size"],
         n_layer=config["num_hidden_layers"],
         n_head=heads,
         n_kv_head=config.get("num_key_value_heads") or heads,
-        head_dim=config.get("head_dim") or config["hidden_size"] // heads,
+        head_dim=head_dim,
         intermediate_size=config["intermediate_size"],
         vocab_size=config["vocab_size"],
         n_tokens=config["vocab_size"],
-        max_seq_len=config["max_position_embeddings"],
+        max_seq_len=max_seq_len,
         norm_eps=config["rms_norm_eps"],
-        rope_base=float(config.get("rope_theta") or rope.get("rope_theta", 10000.0)),
-        rope_scaling={name: rope[name] for name in numbers} if rope_type == "llama3" else None,
-        mrope_section=tuple(rope["mrope_section"]) if "mrope_section" in rope else None,
+        rope_base=base,
+        rope_scaling=scaling,
+        mrope_section=tuple(rope["mrope_section"]) if rope.get("mrope_section") else None,
         tie_embeddings=config.get("tie_word_embeddings", False),
         **more,
     )
@@ -120,8 +160,23 @@ QWEN_VISION = {  # what fine-tunes saved by transformers 4.49 leave out of visio
 }
 
 
+def read_image_processor(hub_dir: Path) -> dict:
+    """What preprocessor_config.json says or, as transformers 5 writes it, processor_config.json; nothing that is null.
+
+    {} where there is neither.
+    """
+    found = read_json(hub_dir / "preprocessor_config.json", optional=True)
+    found = found or read_json(hub_dir / "processor_config.json", optional=True).get("image_processor") or {}
+    return {name: value for name, value in found.items() if value is not None}
+
+
 def qwen2_5_vl(config: dict, hub_dir: Path) -> tuple[ModelArgs, Plan, Unused]:
-    vision, limits = QWEN_VISION | config["vision_config"], read_json(hub_dir / "preprocessor_config.json")
+    vision, limits = QWEN_VISION | config["vision_config"], read_image_processor(hub_dir)
+    if not limits:
+        raise ValueError(
+            f"{hub_dir} has no preprocessor_config.json, nor a processor_config.json with an image_processor: "
+            "copy it from the model that this one was tuned from"
+        )
     size = limits.get("size", {})
     args = decoder_args(config.get("text_config", config), qkv_bias=True, image_token_id=config["image_token_id"])
     args.tie_embeddings = config.get("tie_word_embeddings", args.tie_embeddings)
@@ -136,8 +191,8 @@ def qwen2_5_vl(config: dict, hub_dir: Path) -> tuple[ModelArgs, Plan, Unused]:
         "merge": vision["spatial_merge_size"],
         "window": vision["window_size"],
         "full_layers": vision["fullatt_block_indexes"],
-        "min_pixels": limits.get("min_pixels") or size["shortest_edge"],
-        "max_pixels": limits.get("max_pixels") or size["longest_edge"],
+        "min_pixels": limits.get("min_pixels") or size.get("shortest_edge") or size.get("min_pixels") or 56 * 56,
+        "max_pixels": limits.get("max_pixels") or size.get("longest_edge") or size.get("max_pixels") or 28 * 28 * 1280,
     }
     plan = decoder_plan(args)
     # A still picture is two equal frames: the kernel's two time steps act as their sum, which bfloat16 would round.
@@ -182,10 +237,9 @@ SO400M_LAYERS, SO400M_HEADS = 27, 16  # google/siglip-so400m-patch14-384, the to
 
 
 def llava_hf(config: dict, hub_dir: Path) -> tuple[ModelArgs, Plan, Unused]:
-    """Llava-OneVision as transformers saves it; since 5.x the tower's keys lack a level."""
-    files, head, tower = find_tensors(hub_dir), "language_model.lm_head.weight", "vision_tower.vision_model."
-    if not any(key.startswith(tower) for key in files):
-        tower = "vision_tower."
+    """Llava-OneVision as transformers saves it."""
+    head, tower = "language_model.lm_head.weight", "vision_tower.vision_model."
+    files = find_tensors(hub_dir, RENAMED["LlavaOnevisionForConditionalGeneration"])
     text, vision = QWEN2_DEFAULTS | config["text_config"], SIGLIP_DEFAULTS | config["vision_config"]
     refuse_others(text, {"model_type": "qwen2"}, "config.json, text_config")
     siglip = {"model_type": "siglip_vision_model", "hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6}
@@ -193,7 +247,7 @@ def llava_hf(config: dict, hub_dir: Path) -> tuple[ModelArgs, Plan, Unused]:
     full = {"vision_feature_select_strategy": "full", "projector_hidden_act": "gelu", "multimodal_projector_bias": True}
     refuse_others(config, full | {"use_image_newline_parameter": True})
     pixels = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "resample": 3}
-    refuse_others(read_json(hub_dir / "preprocessor_config.json", optional=True), pixels, "preprocessor_config.json")
+    refuse_others(read_image_processor(hub_dir), pixels, "the image processor's configuration")
     args = decoder_args(text, qkv_bias=True, image_token_id=config["image_token_index"])
     args.tie_embeddings = is_tied(config, config["text_config"], head in files)
     layer = config.get("vision_feature_layer", -1)  # of the embedding and the layers' outputs
@@ -223,7 +277,7 @@ def llava_original(config: dict, hub_dir: Path) -> tuple[ModelArgs, Plan, Unused
     refuse_others(config, flat | {"mm_vision_select_feature": "patch", "mm_use_im_patch_token": False})
     if not (name := re.search(r"siglip.*-(\d+)$", config["mm_vision_tower"])):
         raise ValueError(f"config.json: mm_vision_tower = {config['mm_vision_tower']} is no known SigLIP with its size")
-    tile, tower, files = int(name[1]), "model.vision_tower.vision_tower.vision_model.", find_tensors(hub_dir)
+    tile, tower, files = int(name[1]), "model.vision_tower.vision_tower.vision_model.", find_tensors(hub_dir, {})
     stored = {key.removeprefix(tower).split(".")[2] for key in files if key.startswith(tower + "encoder.layers.")}
     args = decoder_args(config, qkv_bias=True)
     args.tie_embeddings = is_tied(config, config, "lm_head.weight" in files)
@@ -407,8 +461,37 @@ ARCHITECTURES = {
 }
 
 
-def find_tensors(hub_dir: Path) -> dict[str, Path]:
-    """Hub key -> the file that holds it; safetensors if there are any, else pytorch_model.bin."""
+# transformers 4.52 and later can save tensors under the names of its modules: pattern -> what the hub's files say.
+RENAMED = {
+    "Qwen2_5_VLForConditionalGeneration": {r"^model\.language_model\.": "model.", r"^model\.visual\.": "visual."},
+    "LlavaOnevisionForConditionalGeneration": {
+        r"^model\.language_model\.": "language_model.model.",
+        r"^lm_head\.": "language_model.lm_head.",
+        r"^model\.(?=vision_tower\.|multi_modal_projector\.|image_newline$)": "",
+        r"^vision_tower\.(?!vision_model\.)": "vision_tower.vision_model.",
+    },
+    "MllamaForConditionalGeneration": {
+        r"^model\.language_model\.": "language_model.model.",
+        r"^lm_head\.": "language_model.lm_head.",
+        r"^model\.(?=vision_model\.|multi_modal_projector\.)": "",
+    },
+}
+Place = tuple[Path, str]  # a file, and the key in it
+
+
+def find_tensors(hub_dir: Path, renamed: dict[str, str]) -> dict[str, Place]:
+    """Where the tensors are, by their keys in the hub's files, of which `renamed` knows other spellings."""
+    places = {}
+    for key, file in find_files(hub_dir).items():
+        name = key
+        for pattern, replacement in renamed.items():
+            name = re.sub(pattern, replacement, name)
+        places[name] = (file, key)
+    return places
+
+
+def find_files(hub_dir: Path) -> dict[str, Path]:
+    """Key -> the file that holds it; safetensors if there are any, else pytorch_model.bin."""
     for name, keys_of in (("model.safetensors", safetensors_keys), ("pytorch_model.bin", bin_keys)):
         if (index := hub_dir / f"{name}.index.json").exists():
             weight_map = read_json(index).get("weight_map")
@@ -470,14 +553,15 @@ def read_tensor(file: Path, key: str) -> Tensor:
         return tensors.get_tensor(key)
 
 
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # safetensors'
 QUANTIZED = (".qweight", ".SCB", ".bitsandbytes__nf4", ".weight_scale_inv")  # AWQ and GPTQ, bitsandbytes, fp8
 CONVERT_THE_ORIGINAL = "convert the original one, then run quantize.py"
 
 
-def shape_of(key: str, files: dict[str, Path]) -> torch.Size:
+def shape_of(key: str, files: dict[str, Place]) -> torch.Size:
     if key not in files:
         raise ValueError(f"the weights lack {key}: the download is incomplete or config.json is another's")
-    return read_tensor(files[key], key).shape
+    return read_tensor(*files[key]).shape
 
 
 def always_unused(args: ModelArgs) -> Unused:
@@ -485,14 +569,14 @@ def always_unused(args: ModelArgs) -> Unused:
     return [r"rotary_emb\.inv_freq$", *([r"lm_head\.weight$"] if args.tie_embeddings else [])]
 
 
-def check_keys(plan: Plan, unused: Unused, files: dict[str, Path]) -> None:
+def check_keys(plan: Plan, unused: Unused, files: dict[str, Place]) -> None:
     """Every key of the hub is used, or known to be unused; every key of the plan is there."""
     wanted = {key for source in plan.values() for key in source.keys}
     if any(key.endswith(QUANTIZED) for key in files):
         raise ValueError(f"a quantized checkpoint, by its tensors' names: {CONVERT_THE_ORIGINAL}")
     if missing := sorted(wanted - set(files)):
         raise ValueError(f"the weights lack {some(missing)}: the download is incomplete or config.json is another's")
-    if unknown := sorted(key for key in set(files) - wanted if not any(re.search(p, key) for p in unused)):
+    if unknown := sorted(files[key][1] for key in set(files) - wanted if not any(re.search(p, key) for p in unused)):
         raise ValueError(f"the weights hold {some(unknown)}, unknown to this architecture: is config.json another's?")
 
 
@@ -511,20 +595,40 @@ def expected_shapes(args: ModelArgs) -> dict[str, torch.Size]:
     return shapes
 
 
-def build_tensor(name: str, source: Source, files: dict[str, Path], shape: torch.Size) -> Tensor:
-    parts = [read_tensor(files[key], key) for key in source.keys]
+def build_tensor(name: str, source: Source, files: dict[str, Place], shape: torch.Size) -> Tensor:
+    parts = [read_tensor(*files[key]) for key in source.keys]
     try:
         tensor = source.change(source.join(parts))
     except (RuntimeError, IndexError):
         tensor = parts[0]  # parts that do not fit together: reported as a wrong shape
     if tensor.shape != shape:
-        found = ", ".join(f"{key} {list(part.shape)}" for key, part in zip(source.keys, parts, strict=True))
+        found = ", ".join(f"{files[key][1]} {list(part.shape)}" for key, part in zip(source.keys, parts, strict=True))
         raise ValueError(f"{name} should be {list(shape)} by config.json, but the weights hold {found}")
     return tensor
 
 
-def stored_dtype(source: Source, files: dict[str, Path]) -> torch.dtype:
-    return source.dtype or read_tensor(files[source.keys[0]], source.keys[0]).dtype
+def stored_dtype(source: Source, files: dict[str, Place]) -> torch.dtype:
+    """Of parts in several dtypes the widest."""
+    return source.dtype or reduce(torch.promote_types, (dtype_of(*files[key]) for key in source.keys))
+
+
+def dtype_of(file: Path, key: str) -> torch.dtype:
+    if file.suffix == ".bin":
+        return load_bin(file)[key].dtype
+    with open_safetensors(file) as tensors:
+        return DTYPES.get(tensors.get_slice(key).get_dtype()) or tensors.get_tensor(key).dtype
+
+
+def keep_other_head(args: ModelArgs, plan: Plan, files: dict[str, Place]) -> None:
+    """An output layer that differs from the embedding is kept, whatever config.json says of ties.
+
+    LoRA merges with modules_to_save write such files; transformers does not tie them either.
+    """
+    head = next((key for key in files if key.endswith("lm_head.weight")), None)
+    if args.tie_embeddings and head:
+        embedding = read_tensor(*files[plan["embedding.weight"].keys[0]])
+        if not torch.equal(read_tensor(*files[head]), embedding):
+            args.tie_embeddings, plan["output.weight"] = False, Source([head])
 
 
 def check_row(name: str, args: ModelArgs) -> None:
@@ -567,10 +671,11 @@ def convert(hub_dir: Path, model_name: str | None = None) -> None:
     try:
         args, plan, unused = ARCHITECTURES[architecture](config, hub_dir)
     except KeyError as error:
-        raise ValueError(f"{hub_dir / 'config.json'} or preprocessor_config.json lacks {error}") from None
+        raise ValueError(f"{hub_dir / 'config.json'} lacks {error}: download it again") from None
     except (TypeError, AttributeError) as error:
         raise ValueError(f"{hub_dir / 'config.json'} is not as {architecture} has it ({error})") from None
-    files = find_tensors(hub_dir)
+    files = find_tensors(hub_dir, RENAMED.get(architecture, {}))
+    keep_other_head(args, plan, files)
     check_keys(plan, unused + always_unused(args), files)
     shapes = expected_shapes(args)
     image = IMAGES[args.vision["type"]] if args.vision else None

@@ -257,7 +257,7 @@ def test_another_architecture(folder, refusal, architecture):
 @pytest.mark.parametrize(
     "change",
     [
-        {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
+        {"rope_scaling": {"rope_type": "dynamic", "factor": 4.0}},
         {"hidden_act": "gelu"},
         {"attention_bias": True},
         {"mlp_bias": True},
