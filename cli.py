@@ -62,6 +62,17 @@ def number(kind: type, least: float, most: float = float("inf")) -> Callable:
     return read
 
 
+def temperature(text: str) -> float:
+    """Below 1e-5, where logits / temperature would leave float32, it is 0: always the most likely token."""
+    value = number(float, 0)(text)
+    return value if value >= 1e-5 else 0.0
+
+
+def seed(text: str) -> int:
+    """Any integer, as one that PyTorch's generators take; small numbers can be added to it."""
+    return int(text) % 2**63
+
+
 def one_line(error: BaseException) -> str:
     return " ".join(str(error).split())
 
@@ -129,10 +140,10 @@ def add_sampling_flags(group: Group, max_new_tokens: int | None) -> None:
     length_help = f"tokens after which an answer ends, should the model not end it before{own}"
     add("--max_new_tokens", type=number(int, 1), default=max_new_tokens, metavar="N", help=length_help)
     heat = "0: always the most likely token; 1: as the model's probabilities say; above: more varied"
-    add("--temperature", type=number(float, 0), default=0.0, metavar="T", help=heat)
+    add("--temperature", type=temperature, default=0.0, metavar="T", help=heat)
     top_help = "draw from the K most likely tokens only (default: from all)"
     add("--top_k", type=number(int, 1), metavar="K", help=top_help)
-    add("--seed", type=int, default=1234, metavar="N", help="for random draws: the same seed gives the same answer")
+    add("--seed", type=seed, default=1234, metavar="N", help="for random draws: the same seed gives the same answer")
 
 
 def add_speed_flags(group: Group) -> None:

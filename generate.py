@@ -28,7 +28,7 @@ import quantize
 from model import CachedTokens, Prompt, Transformer
 from tokenizer import StreamDecoder, Tokenizer
 from tp import OneProcess, join_ranks
-from vision import Encoder, Pruning, build_encoder, build_prompt, load_image
+from vision import Encoder, Pruning, build_encoder, build_prompt, load_image, resize_as_asked
 
 DEFAULT_IMAGE = cli.ROOT / "checkpoints/scenes/four-bars.png"
 DEFAULT_PROMPT = "Describe the image."
@@ -290,6 +290,10 @@ def generate(
     """
     if not tokens:
         raise ValueError("the prompt is empty")
+    if unknown := [
+        token for token in tokens if not 0 <= token < engine.model.args.vocab_size + engine.model.args.n_input_only
+    ]:
+        raise ValueError(f"the prompt has the token {unknown[0]}, which the model does not know")
     sampling, start = sampling or Sampling(), time.perf_counter()
     prompt = engine.build_prompt(tokens, images)
     engine.ranks.check(prompt)
@@ -455,7 +459,7 @@ def answer(
     show gets each piece of the answer as it comes: text, which may lag behind by a character, and ids.
     """
     tokens, parts = tokenizer.encode_request(request)
-    images = [open_image(part) for part in parts]
+    images = [resize_as_asked(open_image(part), part, engine.encoder) for part in parts]
     stop_ids = frozenset() if isinstance(request.get("prompt"), int) else tokenizer.stop_ids
     decoder = StreamDecoder(tokenizer)
     n_new = cli.number(int, 1)(request.get("max_new_tokens", max_new_tokens))
@@ -504,10 +508,10 @@ def run_samples(engine: Engine, tokenizer: Tokenizer, request: dict, args: argpa
 def run_requests(engine: Engine, tokenizer: Tokenizer, args: argparse.Namespace) -> int:
     """Answer the lines of a file in turn. A request that fails gives an error line; 2 if there was one."""
     status = 0
-    for line in filter(str.strip, args.requests.read_text(encoding="utf-8").split("\n")):
+    for line in filter(str.strip, args.requests.read_text(encoding="utf-8-sig").split("\n")):
         try:
             run_samples(engine, tokenizer, json.loads(line), args)
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, RecursionError) as error:
             write(json.dumps({"error": one_line(error)}) + "\n")
             status = 2
     return status
