@@ -70,8 +70,10 @@ class Engine:
         return min(-(-(position + n) // grain) * grain, self.cached.n_slots)
 
     def build_prompt(self, tokens: list[int], images: list[Image.Image], pruning: Pruning | None = None) -> Prompt:
-        image_id = self.model.args.image_token_id
-        return build_prompt(tokens, images, self.encoder, image_id, self.device, self.encoded, pruning)
+        args = self.model.args
+        if unknown := [token for token in tokens if not 0 <= token < args.vocab_size + args.n_input_only]:
+            raise ValueError(f"the prompt has the token {unknown[0]}, which the model does not know")
+        return build_prompt(tokens, images, self.encoder, args.image_token_id, self.device, self.encoded, pruning)
 
     def reserve(self, prompt: Prompt, max_new_tokens: int, speculate_k: int = 0) -> int:
         """Make room in the caches; return how many of max_new_tokens fit. Raises ValueError if the prompt does not."""
@@ -290,10 +292,6 @@ def generate(
     """
     if not tokens:
         raise ValueError("the prompt is empty")
-    if unknown := [
-        token for token in tokens if not 0 <= token < engine.model.args.vocab_size + engine.model.args.n_input_only
-    ]:
-        raise ValueError(f"the prompt has the token {unknown[0]}, which the model does not know")
     sampling, start = sampling or Sampling(), time.perf_counter()
     prompt = engine.build_prompt(tokens, images)
     engine.ranks.check(prompt)

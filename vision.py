@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from itertools import pairwise
 from math import ceil, floor, isfinite, sqrt
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -53,7 +53,7 @@ def to_8_bits(image: Image.Image) -> Image.Image:
     if image.mode not in ("I", "F") and not image.mode.startswith("I;16"):
         return image
     wide = image.convert("I").convert("F") if image.mode.startswith("I;16") else image.convert("F")
-    least, most = wide.getextrema()
+    least, most = cast(tuple[float, float], wide.getextrema())
     if not isfinite(least) or not isfinite(most):
         raise ValueError("it holds numbers that are not finite")
     low, high = min(0.0, least), max(1.0 if image.mode == "F" else 65535.0, most)
