@@ -112,7 +112,8 @@ class Chat:
             ids.extend(new)
 
         options = {"show": show, "draft": self.engine.draft, **answer_options(self.args)}
-        with contextlib.suppress(KeyboardInterrupt):
+        alone = self.engine.ranks.n_ranks == 1  # ranks would stop at different tokens: Ctrl-C ends all of them
+        with contextlib.suppress(KeyboardInterrupt) if alone else contextlib.nullcontext():
             result = answer(self.engine, self.tokenizer, {"messages": messages}, **options)
         write("\n")
         if result:

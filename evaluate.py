@@ -359,12 +359,17 @@ def run(args: argparse.Namespace) -> int:
         lines = mmmu.score_responses(mmmu.read_responses(args.score))
         print_summary(accuracy(lines) | group_accuracy(lines))
         return 0
+    with join_ranks(args) as ranks:
+        return examine(args, ranks)
+
+
+def examine(args: argparse.Namespace, ranks: OneProcess) -> int:
+    """Ask the questions; 130 if Ctrl-C stopped it. Rank 0 alone writes, judges and prints."""
     benchmark = BENCHMARKS[args.bench_name]
     questions = benchmark.load(args)
     if len({question["id"] for question in questions}) < len(questions):
         raise ValueError(f"two questions of {args.bench_name} have the same id")
-    ranks = join_ranks(args)
-    output = args.output if ranks.rank == 0 else None  # rank 0 alone writes and judges
+    output = args.output if ranks.rank == 0 else None
     if output:
         output.open("ab").close()  # a name that cannot be written shows before the model is loaded
     cli.check_device(args.device)

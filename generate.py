@@ -400,7 +400,7 @@ def load_one(
     state = checkpoint.load_mapped(path)
     args, settings = checkpoint.read_params(path)
     tokenizer = Tokenizer(path.with_name("tokenizer.model"), settings)
-    args, tensors = ranks.shard(args, state)
+    args, tensors = ranks.shard(args, state, path)
     with torch.device("meta"):
         model, encoder = Transformer(args), build_encoder(args.vision) if args.vision else None
     quantize.load_weights(path, model, encoder, tensors, device, dtype)
@@ -535,20 +535,27 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 
 def run(args: argparse.Namespace) -> int:
-    engine, tokenizer = load(args.checkpoint_path, ranks=join_ranks(args), **cli.load_options(args))
     write_trace = lambda profiler: profiler.export_chrome_trace(str(args.profile))
-    with torch.profiler.profile(on_trace_ready=write_trace) if args.profile else contextlib.nullcontext():
-        if args.interactive:
-            from chat import Chat
+    with join_ranks(args) as ranks:
+        engine, tokenizer = load(args.checkpoint_path, ranks=ranks, **cli.load_options(args))
+        traced = args.profile and ranks.rank == 0
+        with torch.profiler.profile(on_trace_ready=write_trace) if traced else contextlib.nullcontext():
+            return answer_flags(engine, tokenizer, args)
 
-            return Chat(engine, tokenizer, args).run()
-        if args.requests:
-            return run_requests(engine, tokenizer, args)
-        prompt = int(args.prompt) if args.prompt.isdecimal() else args.prompt
-        request = {"prompt": prompt, "images": args.image, "raw": args.raw}
-        request |= {"system": args.system} if args.system else {}
-        run_samples(engine, tokenizer, request, args)
-        return 0
+
+def answer_flags(engine: Engine, tokenizer: Tokenizer, args: argparse.Namespace) -> int:
+    """What the flags ask for: a chat, a file of requests, or one request."""
+    if args.interactive:
+        from chat import Chat
+
+        return Chat(engine, tokenizer, args).run()
+    if args.requests:
+        return run_requests(engine, tokenizer, args)
+    prompt = int(args.prompt) if args.prompt.isdecimal() else args.prompt
+    request = {"prompt": prompt, "images": args.image, "raw": args.raw}
+    request |= {"system": args.system} if args.system else {}
+    run_samples(engine, tokenizer, request, args)
+    return 0
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -16,6 +16,7 @@ Shapes: N output features, K input features, G groups of a row, S tokens.
 """
 
 import contextlib
+import math
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -148,8 +149,7 @@ def dequantize(weight: Tensor, scale: Tensor, zero: Tensor | None = None) -> Ten
 class QuantizedLinear(nn.Module):
     """What a checkpoint holds of a quantized layer, to be filled, moved, sliced and packed. It computes nothing.
 
-    Slicing columns: those of scale and zero with those of weight, repeated first if a slice cuts a group. The group's
-    size is not stored: it is K/G of what is left.
+    cut() slices its rows or columns. The group's size is not stored: it is K/G of what is left.
     """
 
     def __init__(self, linear: nn.Linear, mode: str, groups: int):
@@ -170,6 +170,30 @@ def empty(shape: tuple, dtype: torch.dtype) -> nn.Parameter:
 def is_quantized(name: str, tensor: Tensor) -> bool:
     """Part of a quantized layer, and not to be rounded to the compute dtype."""
     return tensor.element_size() == 1 or name.endswith((".scale", ".zero"))
+
+
+def count_groups(state: dict[str, Tensor], layer: str) -> int:
+    """Groups of int4 in a row of a layer; 1 of any other."""
+    scale = state.get(f"{layer}.scale")
+    return 1 if scale is None or scale.dim() == 1 else scale.shape[1]
+
+
+def cut(tensor: Tensor, dim: int, pieces: list[int], n: int) -> Tensor:
+    """A weight, scale, zero or bias of part of a layer: some of n equal pieces of its rows (dim 0) or columns (dim 1).
+
+    A copy, in the order of pieces; -1 is a piece of zeros. A scale or bias of rows has no columns. Where int4 has no
+    multiple of n groups, each is repeated until they can be divided.
+    """
+    if dim == tensor.dim():
+        return tensor.clone()
+    size = tensor.shape[dim]
+    tensor = tensor.repeat_interleave(math.lcm(size, n) // size, dim) if size % n else tensor
+    plain = tensor.view(torch.uint8) if tensor.element_size() == 1 else tensor  # fp8 tensors cannot be indexed
+    index = torch.tensor(pieces)
+    taken = plain.unflatten(dim, (n, -1)).index_select(dim, index.clamp(min=0))
+    if -1 in pieces:
+        taken.movedim(dim, 0)[index < 0] = 0
+    return taken.flatten(dim, dim + 1).view(tensor.dtype)
 
 
 def expect_quantized(model: nn.Module, state: dict[str, Tensor]) -> None:

@@ -10,6 +10,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
+import cli
+
 import torch
 
 import generate
@@ -26,16 +28,18 @@ def encode(tokenizer, image: str | None) -> tuple[list[int], list]:
     return tokenizer.encode_chat([{"role": "user", "content": content}]), images
 
 
-def answer(case: dict, ranks=None) -> dict:
+def answer(case: dict, ranks: tp.OneProcess | None = None) -> dict:
     """The answer, and the whole logits of the prompt's end and of a few tokens after it."""
     args = generate.parse_args(case["flags"])
-    engine, tokenizer = generate.load_engine(args, ranks)
+    if ranks and ranks.n_ranks > 1:
+        ranks.greedy = args.temperature == 0
+    engine, tokenizer = generate.load(args.checkpoint_path, ranks=ranks, **cli.load_options(args))
     tokens, images = encode(tokenizer, case.get("image"))
     torch.manual_seed(args.seed)
     sampling = generate.Sampling(args.temperature, args.top_k)
     if case.get("traced"):
-        engine.step = torch.compile(engine.model, backend="aot_eager", fullgraph=True, dynamic=False)
-    result = generate.generate(engine, tokens, images, args.max_new_tokens, sampling=sampling)
+        engine.model.compile(backend="aot_eager", fullgraph=True, dynamic=False)
+    result = generate.generate(engine, tokens, images, args.max_new_tokens, sampling=sampling, draft=engine.draft)
     result["logits"] = logits(engine, tokens, images)
     return result | ({"sent": count_bytes(engine)} if ranks else {})
 
@@ -43,7 +47,7 @@ def answer(case: dict, ranks=None) -> dict:
 @torch.inference_mode()
 def logits(engine, tokens: list[int], images: list) -> torch.Tensor:
     """[1 + N_FORCED, n_tokens], computed whole on every rank."""
-    if isinstance(engine.model.output, tp.Gathered):
+    if isinstance(engine.model.output, tp.GatherLogits):
         engine.model.output.greedy = False
     engine.cached.keys, n = [], engine.model.args.n_tokens
     prompt = engine.build_prompt(tokens, images)
@@ -81,12 +85,12 @@ def count_bytes(engine) -> dict:
     return sent
 
 
-def main(ranks) -> int:
+def main() -> None:
     cases = json.loads(Path(sys.argv[1]).read_text())
-    torch.save([answer(case, ranks) for case in cases], f"{sys.argv[2]}.{ranks.rank}")
-    return 0
+    with tp.join_ranks(generate.parse_args(cases[0]["flags"])) as ranks:
+        torch.save([answer(case, ranks) for case in cases], f"{sys.argv[2]}.{ranks.rank}")
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    sys.exit(tp.Ranks("rank.py").run(main))
+    main()
