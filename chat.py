@@ -15,8 +15,8 @@ from cli import log, one_line, write
 import torch
 
 from generate import Engine, answer, answer_options, reply_message, report
+from images import load_image
 from tokenizer import Tokenizer
-from vision import load_image
 
 
 def is_typed() -> bool:

@@ -65,9 +65,9 @@ def kernels() -> Any:  # a ctypes.CDLL, whose functions have no types
         print(f"cpu.cpp cannot be used, PyTorch's slower kernels are: {reason}", file=sys.stderr)
         return None
     pointer, number = ctypes.c_void_p, ctypes.c_int64
-    loaded.product.argtypes = [ctypes.c_int] * 3 + [pointer] * 5 + [number] * 4
-    loaded.attend.argtypes = [ctypes.c_int, number] + [pointer] * 5 + [number] * 9
-    loaded.rms_norm.argtypes = [ctypes.c_int, ctypes.c_float] + [pointer] * 3 + [number] * 2
+    loaded.product.argtypes = (*[ctypes.c_int] * 3, *[pointer] * 5, *[number] * 4)
+    loaded.attend.argtypes = (ctypes.c_int, number, *[pointer] * 5, *[number] * 9)
+    loaded.rms_norm.argtypes = (ctypes.c_int, ctypes.c_float, *[pointer] * 3, *[number] * 2)
     loaded.product.restype = loaded.attend.restype = loaded.rms_norm.restype = None
     loaded.instruction_set.restype = ctypes.c_char_p
     return loaded
@@ -339,9 +339,9 @@ def replace_attention(decoder: model.Transformer) -> None:
 
 
 def replace_norms(decoder: model.Transformer) -> None:
-    for name in [name for name, child in decoder.named_modules() if isinstance(child, nn.RMSNorm)]:
+    for name, norm in [item for item in decoder.named_modules() if isinstance(item[1], nn.RMSNorm)]:
         with contextlib.suppress(UnsupportedByKernel):
-            decoder.set_submodule(name, RMSNorm(decoder.get_submodule(name)))
+            decoder.set_submodule(name, RMSNorm(norm))
 
 
 def prepare(module: nn.Module) -> dict[str, Counter[str]]:

@@ -23,12 +23,13 @@ import torch
 from PIL import Image
 
 from generate import Draft, Engine, answer, answer_options, load, now, reply_message, weight_bytes
+from images import load_image
 from scripts.results import Progress, Results, accuracy, group_accuracy, print_summary, rates, summarize
 from scripts.tasks import human_eval, mmmu
 from scripts.tasks.questions import BENCHMARKS, Benchmark, Question
 from tokenizer import Tokenizer
 from tp import OneProcess, join_ranks
-from vision import Pruning, load_image
+from vision import Pruning
 
 THUMBNAIL = 320  # pixels, the longer side of the pictures kept for scripts/report.py
 NOT_FIGURES = {"text", "token_ids", "prompt_token_ids", "tokens_per_s", "mean_accepted"}  # what a line has otherwise

@@ -25,10 +25,11 @@ from torch import Tensor, nn
 import checkpoint
 import cpu
 import quantize
+from images import load_image, resize_as_asked
 from model import CachedTokens, Prompt, Transformer
 from tokenizer import StreamDecoder, Tokenizer
 from tp import OneProcess, join_ranks
-from vision import Encoder, Pruning, build_encoder, build_prompt, load_image, resize_as_asked
+from vision import Encoder, Pruning, build_encoder, build_prompt
 
 DEFAULT_IMAGE = cli.ROOT / "checkpoints/scenes/four-bars.png"
 DEFAULT_PROMPT = "Describe the image."

@@ -19,14 +19,15 @@ ALLOWED = {
     "model": set(),
     "tokenizer": set(),
     "vision": {"model"},
+    "images": {"vision"},
     "cli": {"vision"},
     "checkpoint": {"model"},
     "cpu": {"model"},
     "quantize": {"checkpoint", "cli", "cpu", "model"},
     "tp": {"checkpoint", "model", "quantize"},
-    "generate": {"checkpoint", "cli", "cpu", "model", "quantize", "tokenizer", "tp", "vision"},
-    "chat": {"cli", "generate", "tokenizer", "tp", "vision"},
-    "evaluate": {"cli", "generate", "model", "tokenizer", "tp", "vision"},
+    "generate": {"checkpoint", "cli", "cpu", "images", "model", "quantize", "tokenizer", "tp", "vision"},
+    "chat": {"cli", "generate", "images", "tokenizer", "tp"},
+    "evaluate": {"cli", "generate", "images", "model", "tokenizer", "tp", "vision"},
 }
 LAZY = {"generate": {"chat"}}
 RUNTIME = {"torch", "PIL", "sentencepiece"}

@@ -6,9 +6,10 @@ import transformers
 from PIL import Image
 
 from generate import generate, load
+from images import load_image
 from tests.helpers.pictures import KINDS, draw, reference_picture
 from tests.helpers.reference import NEAR_TIE, agree_up_to_near_tie, greedy, in_bfloat16
-from vision import build_prompt, load_image
+from vision import build_prompt
 
 TEXT_FAMILIES = ["qwen2", "qwen2.5-tied", "llama2", "llama3.1", "llama3.2", "llama-head-dim"]
 VL_FAMILIES = ["qwen2.5-vl", "qwen2.5-vl-untied"]

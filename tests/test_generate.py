@@ -15,8 +15,8 @@ import torch
 from PIL import Image
 
 import generate
+from images import load_image
 from tests.helpers.pictures import draw
-from vision import load_image
 
 ROOT = Path(__file__).resolve().parent.parent
 

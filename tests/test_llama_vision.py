@@ -16,12 +16,13 @@ from transformers.models.mllama.processing_mllama import (
 )
 
 import generate
+from images import load_image
 from scripts.convert_hf_checkpoint import MLLAMA_GRIDS, convert, mllama
 from tests.helpers import hub
 from tests.helpers.checkpoints import Pair
 from tests.helpers.pictures import KINDS, draw, reference_picture
 from tests.helpers.reference import greedy
-from vision import CLIP_MEAN, CLIP_STD, LlamaEncoder, Pruning, build_prompt, cross_attention_mask, load_image
+from vision import CLIP_MEAN, CLIP_STD, LlamaEncoder, Pruning, build_prompt, cross_attention_mask
 
 FAMILY = "llama-3.2-vision"
 

@@ -9,13 +9,14 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import generate
+from images import load_image
 from scripts import convert_hf_checkpoint
 from scripts.convert_hf_checkpoint import convert, read_pinpoints
 from tests.helpers import hub
 from tests.helpers.checkpoints import Pair
 from tests.helpers.pictures import KINDS, draw, reference_picture
 from tests.helpers.reference import greedy
-from vision import build_prompt, encode_image, load_image
+from vision import build_prompt, encode_image
 
 FAMILIES = ["llava-hf", "llava-hf-tied", "llava-lmms", "llava-lmms-tied"]
 

@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+import cli
+
 import numpy as np
 import pytest
 import torch
@@ -10,10 +12,9 @@ import transformers
 from PIL import Image
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
-import cli
 import generate
+from images import load_image, resize_as_asked
 from tests.helpers.pictures import draw
-from vision import load_image, resize_as_asked
 
 SIZES = [
     {"max_pixels": 50_000},

@@ -16,7 +16,7 @@ import torch
 
 import generate
 import tp
-from vision import load_image
+from images import load_image
 
 QUESTION = "How many circles are there?"
 N_FORCED = 5  # tokens whose logits are compared after those of the prompt
