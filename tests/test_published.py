@@ -74,12 +74,13 @@ def plan_of(name: str, folder):
     architecture = config["architectures"][0]
     (folder / "preprocessor_config.json").write_text(json.dumps(PREPROCESSOR.get(architecture, {})))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(convert_hf_checkpoint, "find_tensors", lambda hub_dir: hub_tensors(name))
+        places = {key: (tensor, key) for key, tensor in hub_tensors(name).items()}
+        patch.setattr(convert_hf_checkpoint, "find_tensors", lambda hub_dir, renamed: places)
         patch.setattr(convert_hf_checkpoint, "read_tensor", lambda tensor, key: tensor)
         args, plan, unused = ARCHITECTURES[architecture](config, folder)
         shapes = expected_shapes(args)
         for ours, source in plan.items():
-            build_tensor(ours, source, hub_tensors(name), shapes[ours])  # refuses any other shape
+            build_tensor(ours, source, places, shapes[ours])  # refuses any other shape
     return args, plan, shapes, unused + always_unused(args)
 
 

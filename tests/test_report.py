@@ -43,7 +43,7 @@ def results(monkeypatch, tmp_path, capsys) -> list[Path]:
     (tmp_path / "checkpoint").mkdir()
     paths = []
     for name, reply in {"first": "(B) it is", "second": HOSTILE}.items():
-        answer = lambda *args, reply=reply: bench.stub_result(reply) | {"accept_counts": [1, 0, 3]}
+        answer = lambda *args, reply=reply, **options: bench.stub_result(reply) | {"accept_counts": [1, 0, 3]}
         bench.install_stub(monkeypatch, tmp_path / "checkpoint", answer)
         paths.append(tmp_path / f"{name}.jsonl")
         flags = ["--bench_name", "MMMU", "--data_dir", tmp_path / "data", "--device", "cpu", "--output", paths[-1]]
@@ -103,7 +103,7 @@ def test_bad_files(results, tmp_path, capsys):
 def test_answers_without_verdicts_or_pictures(monkeypatch, tmp_path, capsys):
     (tmp_path / "checkpoint").mkdir()
     bench.write_jsonl(tmp_path / "question.jsonl", bench.CONVERSATIONS)
-    bench.install_stub(monkeypatch, tmp_path / "checkpoint", lambda *args: bench.stub_result("well, four"))
+    bench.install_stub(monkeypatch, tmp_path / "checkpoint", lambda *args, **options: bench.stub_result("well, four"))
     output = tmp_path / "out.jsonl"
     flags = ["--bench_name", "mt_bench", "--data_dir", tmp_path, "--device", "cpu", "--output", output]
     assert evaluate.main([*map(str, flags)]) == 0

@@ -143,7 +143,7 @@ def install_stub(monkeypatch, folder: Path, answer, draft: bool = False) -> None
         (folder / name).write_bytes(b"")
 
     def load(path, **options):
-        return stub_engine(draft), SimpleNamespace(chat=True, stop_ids=frozenset())
+        return stub_engine(draft), SimpleNamespace(chat_template="...", stop_ids=frozenset())
 
     monkeypatch.setattr(evaluate, "measure_bandwidth", lambda device: 10.0)
     monkeypatch.setattr(cli, "DEFAULT_CHECKPOINT", folder / "model.pth")
