@@ -586,6 +586,7 @@ const char* instruction_set() {
 // bits: 16 (bfloat16), 8 or 4, of the weights. is_float: x and y are float32, else bfloat16.
 void product(int bits, int is_float, int threads, const void* x, const void* w, const void* scales, const float* bias,
              void* y, int64_t s, int64_t n, int64_t k, int64_t groups) {
+    if (s == 0) return;
     const auto run = [&](auto* x, auto* y) {
         const auto *codes = (const uint8_t*)w, *lines = (const uint8_t*)scales;
         if (bits == 16) multiply_all(threads, Bfloat16{(const bfloat16*)w, k}, x, bias, y, s, n);
