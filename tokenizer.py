@@ -22,14 +22,11 @@ from unicodedata import category, normalize
 import sentencepiece
 
 FORMAT = 2  # of the "tokenizer" entry of params.json
-REQUEST_TYPES: dict[str, Any] = dict(
-    messages=list, prompt=(str, int), images=list, raw=bool, system=str
-)  # what --requests may say
-REQUEST_TYPES |= dict(max_new_tokens=int, date_string=str)
+REQUEST_TYPES: dict[str, Any] = dict(messages=list, prompt=(str, int), images=list, raw=bool, system=str)
+REQUEST_TYPES |= dict(max_new_tokens=int, date_string=str)  # what --requests may say
 IMAGE_KEYS = ("path", "image", "min_pixels", "max_pixels", "resized_height", "resized_width")  # of an image part
 TEMPLATE_SECONDS, TEMPLATE_CHARACTERS = 5, 10_000_000  # what a chat template may take and write
-PRIVATE_USE = range(0xF0001, 0xFFFFE)  # code points without a meaning
-PROBE = chr(0xF0000)
+PROBE, PRIVATE_USE = chr(0xF0000), range(0xF0001, 0xFFFFE)  # code points without a meaning
 NO_PREFIX = b"\x1a\x02\x18\x00"  # normalizer_spec.add_dummy_prefix = false: in a protobuf the last word counts
 WORD = {"Lu", "Ll", "Lt", "Lm", "Lo", "Mn", "Mc", "Me", "Nd", "Nl", "Pc"}  # categories of \w, in Rust's regex crate
 
@@ -84,8 +81,7 @@ class AddedTokens:
         parts: list[str | int] = []
         end = 0
         for match in self.pattern.finditer(text):
-            start, stop = match.span()
-            token, flags = self.ids[match[0]], self.flags[match[0]]
+            (start, stop), token, flags = match.span(), self.ids[match[0]], self.flags[match[0]]
             inside = "single_word" in flags and WORD & {*map(category, text[start - 1 : start] + text[stop : stop + 1])}
             if token in ignored or inside:
                 continue
@@ -123,8 +119,7 @@ def template_environment():
         of_parts = lambda select, context, value, *test: select(context, [*value], *test)
         environment.filters[name] = pass_context(partial(of_parts, environment.filters[name]))
     environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)  # Jinja's own escapes HTML
-    environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = lambda layout: datetime.now().strftime(layout)
+    environment.globals.update(raise_exception=raise_exception, strftime_now=lambda form: datetime.now().strftime(form))
     return environment
 
 
@@ -384,8 +379,7 @@ class Tokenizer:
         {"type": "text", "text": ...} or {"type": "image", ...}. Nothing in them becomes a special token.
         A reply that the model gave can be put back as [{"type": "tokens", "ids": [...]}], without its stop token: then
         encode_chat(earlier) + ids + the stop token is a prefix of encode_chat(earlier + reply + more), unless the
-        template changes the reply (it may leave out what the model was thinking): then its text is put back.
-        Raises ValueError for what the template cannot say.
+        template changes the reply (thoughts are left out): its text is put back. ValueError where the template refuses.
         """
         if not messages:
             raise ValueError("a conversation needs at least one message")
@@ -446,10 +440,8 @@ class Tokenizer:
                     raise ValueError(f"{where}: only a user's message can hold an image, not the {role}'s")
                 case {"type": "image"} if self.image_id is None:
                     raise ValueError(f"{where}: this model takes no images")
-                case {"type": "image", **more} if unknown := more.keys() - {*IMAGE_KEYS}:
-                    raise ValueError(
-                        f"{where}: an image part has no {min(map(str, unknown))}, but {', '.join(IMAGE_KEYS)}"
-                    )
+                case {"type": "image", **more} if unknown := [str(key) for key in more if key not in IMAGE_KEYS]:
+                    raise ValueError(f"{where}: an image part has no {unknown[0]}, but {', '.join(IMAGE_KEYS)}")
                 case {"type": "image"} | {"type": "text", "text": str()} if part["type"] == "image" or len(part) == 2:
                     continue
                 case {"type": "tokens", "ids": list(ids)} if role == "assistant" and parts == [part]:

@@ -52,8 +52,7 @@ def read_tokens(tokenizer: dict, named: set[str], image: tuple[str, str, str] | 
     if image:
         added.setdefault(image[1], n_tokens)
     special = named | {entry["content"] for entry in entries if entry.get("special")} | {*(image or ())[1:2]}
-    known = ("normalized", "single_word", "lstrip", "rstrip")
-    flags = {entry["content"]: [flag for flag in known if entry.get(flag)] for entry in entries}
+    flags = {e["content"]: [f for f in ("normalized", "single_word", "lstrip", "rstrip") if e.get(f)] for e in entries}
     return {
         "n_tokens": n_tokens,
         "bos_id": added.get(find_bos(tokenizer)),
