@@ -309,12 +309,14 @@ struct Integer {
         for (int64_t g = 0; g < groups; g++) {
             const Group* group = &chunk.groups[g * TOKENS];
             for (int64_t i = 0; i < width; i += MOST) {
-                ints dots[TOKENS][2];
+                ints dots[TOKENS][2], others[TOKENS][2] = {};  // others: see multiply_turn
                 UNROLL for (int t = 0; t < TOKENS; t++)
                     dots[t][0] = dots[t][1] = ints{} + (BITS == 4 ? int32_t(-8 * group[t].sum) : 0);
                 const int64_t n = std::min<int64_t>(MOST, width - i) / TURN;
                 for (int64_t turn = 0; turn < n; turn++, codes += BLOCK * BITS, x += TOKENS * TURN)
-                    multiply_turn<TOKENS>(codes, x, dots);
+                    multiply_turn<TOKENS>(codes, x, dots, others);
+                UNROLL for (int t = 0; t < TOKENS; t++)
+                    UNROLL for (int b = 0; b < 2; b++) dots[t][b] += others[t][b];
                 if (BITS == 8)
                     UNROLL for (int t = 0; t < TOKENS; t++)
                         UNROLL for (int b = 0; b < 2; b++)
@@ -328,8 +330,11 @@ struct Integer {
             UNROLL for (int b = 0; b < 2; b++) store(out[t] + b * LANES, sums[t][b]);
     }
 
+    // With few tokens every second pair has sums of its own, so that additions need not wait for each other.
     template <int TOKENS>
-    static inline void multiply_turn(const uint8_t* codes, const int16_t* x, ints dots[TOKENS][2]) {
+    static inline void multiply_turn(const uint8_t* codes, const int16_t* x, ints dots[TOKENS][2],
+                                     ints others[TOKENS][2]) {
+        constexpr bool TWO_CHAINS = 4 * TOKENS <= (LANES == 16 ? 20 : 8);
         for (int i = 0; i < BLOCK * BITS; i += 64) __builtin_prefetch(codes + PREFETCH + i);
         UNROLL for (int part = 0; part < (BITS == 8 ? 2 : 1); part++) {
             words lanes[2];
@@ -342,7 +347,8 @@ struct Integer {
                 }
                 UNROLL for (int t = 0; t < TOKENS; t++) {
                     const ints inputs = ints{} + load<int32_t>(x + t * TURN + 4 * part + 2 * pair);
-                    UNROLL for (int b = 0; b < 2; b++) dots[t][b] = add_pairs(dots[t][b], numbers[b], (words)inputs);
+                    ints(&sums)[2] = TWO_CHAINS && pair % 2 ? others[t] : dots[t];
+                    UNROLL for (int b = 0; b < 2; b++) sums[b] = add_pairs(sums[b], numbers[b], (words)inputs);
                 }
             }
         }
