@@ -411,7 +411,8 @@ def load_one(
         for part in filter(None, (model, encoder)):
             counts |= cpu.prepare(part)
     nn.ModuleList(filter(None, (model, encoder))).requires_grad_(False).eval()
-    loaded = f"{path} ({quantize.describe(counts, dtype)})" if counts else str(path)
+    kernels = [quantize.describe(counts, dtype), cpu.describe() if torch.device(device).type == "cpu" else ""]
+    loaded = f"{path} ({'; '.join(filter(None, kernels))})"
     return Engine(model, encoder, ranks=ranks), tokenizer, loaded
 
 

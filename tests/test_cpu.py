@@ -2,6 +2,7 @@
 
 import copy
 import platform
+import shutil
 
 import pytest
 import torch
@@ -220,6 +221,26 @@ def test_largest_sums(each_build, mode):
             x[1], x[2, ::2] = -3.0, -3.0
             y = cpu.product(x, packed.weight, packed.scale, None, 40)
             torch.testing.assert_close(y.double(), x.double() @ expected.double().t(), rtol=1e-5, atol=0.5)
+
+
+@torch.inference_mode()
+def test_clang_builds_it_too(build, monkeypatch):
+    """With PyTorch's threads, and with the same integers as GCC's."""
+    if not (clang := shutil.which("clang++") or shutil.which("clang++-19")):
+        pytest.skip("no clang")
+    layer, _ = make_layer("int4", 100, 960, 64)
+    x, results = torch.randn(9, 960), []
+    for compiler in ("", clang):
+        monkeypatch.setenv("CXX", compiler)
+        build("")
+        packed = cpu.BlockLinear(layer, torch.bfloat16)
+        torch.set_num_threads(2)
+        results.append(cpu.product(x, packed.weight, packed.scale, packed.bias, 100))
+        q, k, v, mask = draw_inputs(14, 2, 64, 9, 333)
+        mask[:, 0] = True
+        assert error(cpu.attend(q, k, v, mask), q, k, v, mask) < 5e-3
+        torch.set_num_threads(1)
+    assert torch.equal(*results)
 
 
 @pytest.mark.parametrize("mode, group", [("int8", 0), ("int4", 64), ("int4", 24)])
