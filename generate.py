@@ -411,9 +411,8 @@ def load_one(
         for part in filter(None, (model, encoder)):
             counts |= cpu.prepare(part)
     nn.ModuleList(filter(None, (model, encoder))).requires_grad_(False).eval()
-    kernels = [quantize.describe(counts, dtype), cpu.describe() if torch.device(device).type == "cpu" else ""]
-    loaded = f"{path} ({'; '.join(filter(None, kernels))})"
-    return Engine(model, encoder, ranks=ranks), tokenizer, loaded
+    served = [quantize.describe(counts, dtype), cpu.describe() if torch.device(device).type == "cpu" else device]
+    return Engine(model, encoder, ranks=ranks), tokenizer, f"{path} ({'; '.join(filter(None, served))})"
 
 
 def compile_steps(engine: Engine) -> None:
