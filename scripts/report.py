@@ -2,12 +2,14 @@
 
 python scripts/report.py RESULTS.jsonl [MORE.jsonl ...] -o report.html
 
-Knows results files and HTML. Does not know models or benchmarks. The page needs no network and no JavaScript.
+Knows results files, HTML and CSS, which filters the questions. Does not know models or benchmarks. The page needs no
+network and no JavaScript.
 """
 
 import argparse
 import math
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -26,14 +28,35 @@ COLORS = [
     "#3aa6b9",
     "#7a6a58",
 ]  # of the runs, in their order
-PLOT = (640, 300, 52, 40)  # width, height, left and bottom margin, in SVG units
+SHAPES = [
+    "m-4,0a4,4 0 1,0 8,0a4,4 0 1,0 -8,0z",  # circle
+    "m-3.5,-3.5h7v7h-7z",  # square
+    "m0,-4.5l4.5,8h-9z",  # triangle
+    "m-4,0h8m-4,-4v8",  # plus
+    "m0,-5l4,5l-4,5l-4,-5z",  # diamond
+    "m-3.5,-3.5l7,7m0,-7l-7,7",  # cross
+    "m0,4.5l4.5,-8h-9z",  # triangle on its tip
+    "m-4.5,0h9m-6.75,-4l4.5,8m0,-8l-4.5,8",  # star
+]  # of the runs' marks, so that they differ in black and white: relative SVG paths around the mark's centre
+PLOT = (640, 300, 64, 44)  # width, height, left and bottom margin, in SVG units
+LABELS = {
+    "checkpoint_path": "model",
+    "draft_checkpoint_path": "draft",
+    "bench_name": "questions of",
+    "num_questions": "number of questions",
+    "speculate_k": "tokens proposed in a step",
+    "mm_prune_ratio": "visual tokens removed from the draft",
+    "mm_prune_method": "how they are chosen",
+}  # of settings; the others have the name of their flag
+VERDICTS = ("right", "wrong", "failed")
+OF_DRAFTS = ("draft_", "speculate_", "mm_prune_")  # settings that mean nothing without a draft
 STYLE = """
 :root { color-scheme: light dark; --line: #8884; --soft: #8882; }
 body { font: 16px/1.45 system-ui, sans-serif; margin: 0 auto; max-width: 70rem; padding: 0 1rem 4rem; }
 h1 { font-size: 1.5rem; margin: 1.2rem 0 .2rem; } h2 { font-size: 1.15rem; margin: 2.2rem 0 .6rem; }
 .note { opacity: .75; font-size: .85rem; margin: .2rem 0; overflow-wrap: anywhere; }
 .cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(15rem, 1fr)); gap: .8rem; margin: 1rem 0; }
-.card { border: 1px solid var(--line); border-top: 4px solid var(--run); border-radius: 8px; padding: .6rem .8rem; }
+.card { border: 1px solid var(--line); border-radius: 8px; padding: .6rem .8rem; border-top: 4px solid var(--run); }
 .card dl { display: grid; grid-template-columns: 1fr auto; margin: .4rem 0 0; gap: .1rem .6rem; font-size: .9rem; }
 .card dd { margin: 0; text-align: right; font-variant-numeric: tabular-nums; }
 .card h3 { margin: 0; font-size: 1rem; overflow-wrap: anywhere; }
@@ -44,8 +67,16 @@ h1 { font-size: 1.5rem; margin: 1.2rem 0 .2rem; } h2 { font-size: 1.15rem; margi
 .track { background: var(--soft); height: .8rem; border-radius: 4px; }
 .track i { display: block; height: 100%; background: var(--run); border-radius: 4px; }
 .group { margin: .35rem 0; } .total { font-weight: 650; }
-.dot { display: inline-block; width: .7rem; height: .7rem; border-radius: 50%; background: var(--run); }
-svg { width: 100%; height: auto; max-width: 45rem; } svg text { font-size: 12px; fill: currentColor; }
+.mark { fill: var(--run); fill-opacity: .5; stroke: var(--run); stroke-width: 1.5; }
+.key { width: .8rem; height: .8rem; margin-right: .3rem; } .legend span { margin-right: 1.2rem; white-space: nowrap; }
+.plot { width: 100%; height: auto; max-width: 45rem; } .plot text { font-size: 12px; fill: currentColor; }
+table { border-collapse: collapse; font-size: .85rem; } .wide { overflow-x: auto; }
+th, td { border-bottom: 1px solid var(--line); padding: .15rem .8rem .15rem 0; text-align: left; vertical-align: top; }
+th { font-weight: 400; opacity: .75; white-space: nowrap; } td { overflow-wrap: anywhere; min-width: 8rem; }
+.filter { position: sticky; top: 0; z-index: 1; background: Canvas; padding: .5rem 0; }
+.filter label { margin-right: 1rem; } .filter select { font: inherit; max-width: 14rem; }
+.questions { display: flex; flex-direction: column; counter-reset: shown; } .count { order: -1; }
+.count::before { content: counter(shown); } article { counter-increment: shown; }
 article {
   border-top: 1px solid var(--line); padding: .9rem 0; content-visibility: auto; contain-intrinsic-size: auto 14rem;
   display: grid; gap: 1rem; grid-template-columns: minmax(0, 14rem) minmax(0, 1fr);
@@ -67,14 +98,26 @@ class Run:
     """One variant of one results file."""
 
     name: str
-    color: str
+    number: int
+    file: str
     header: dict
     lines: dict[str, dict]  # by the question's id, in their order
     summary: dict
 
     @property
-    def style(self) -> str:
-        return f'style="--run: {self.color}"'
+    def css(self) -> str:
+        """The class of what is this run's: it sets the color."""
+        return f"v{self.number}"
+
+    @property
+    def shape(self) -> str:
+        return SHAPES[self.number % len(SHAPES)]
+
+    @property
+    def key(self) -> str:
+        """The run's mark as a picture in a line of text."""
+        path = f'<path class="mark" d="M6,6{self.shape}"/>'
+        return f'<svg class="key {self.css}" viewBox="0 0 12 12" aria-hidden="true">{path}</svg>'
 
 
 def load_runs(paths: list[Path]) -> list[Run]:
@@ -90,7 +133,7 @@ def load_runs(paths: list[Path]) -> list[Run]:
             own = {line["id"]: line for line in lines if line["variant"] == variant}
             if runs:
                 summary |= speed_up(list(runs[0].lines.values()), list(own.values()))
-            runs.append(Run(name, COLORS[len(runs) % len(COLORS)], header, own, summary))
+            runs.append(Run(name, len(runs), path.stem, header, own, summary))
     return runs
 
 
@@ -114,26 +157,45 @@ def draw_card(run: Run) -> str:
             rows.append((name, f"{each[field]:.2f} ({low:.2f} to {high:.2f})"))
     rows += [("failed questions", str(each["failed"]))] if each["failed"] else []
     terms = "".join(f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in rows if value != "-")
-    return (
-        f'<div class="card" {run.style}><h3>{escape(run.name)}</h3><div class="big">{big}</div><dl>{terms}</dl></div>'
-    )
+    name = f"<h3>{run.key}{escape(run.name)}</h3>"
+    return f'<div class="card {run.css}">{name}<div class="big">{big}</div><dl>{terms}</dl></div>'
 
 
 def draw_settings(runs: list[Run]) -> str:
-    """What was run, once for every file."""
-    notes = []
-    for header in {id(run.header): run.header for run in runs}.values():
-        settings = {name: value for name, value in header["settings"].items() if value not in (None, False)}
-        text = ", ".join(f"{name} {value}" for name, value in settings.items())
-        versions = ", ".join(f"{name} {value}" for name, value in header["versions"].items())
-        machine = f"{header['device']}, {header['bandwidth_gb_per_s']:.0f} GB/s measured, {versions}"
-        notes.append(f'<p class="note">{escape(machine)}. {escape(text)}</p>')
-    return "".join(notes)
+    """What was run: a column for every file, and a row for each setting that one of them has."""
+    files = {run.file: run.header for run in runs}
+    names = dict.fromkeys([*LABELS, *(name for header in files.values() for name in header["settings"])])
+    machine = {
+        "machine": lambda header: header["device"],
+        "memory bandwidth": lambda header: f"{header['bandwidth_gb_per_s']:.0f} GB/s measured",
+        "versions": lambda header: ", ".join(f"{name} {value}" for name, value in header["versions"].items()),
+    }
+    rows = [(LABELS.get(name, name), [show_setting(header, name) for header in files.values()]) for name in names]
+    rows += [(name, [say(header) for header in files.values()]) for name, say in machine.items()]
+    heading = [("", list(files))] if len(files) > 1 else []
+    table = "".join(draw_row(name, values) for name, values in heading + [row for row in rows if any(row[1])])
+    return f'<h2>Settings</h2><div class="wide"><table>{table}</table></div>'
+
+
+def show_setting(header: dict, name: str) -> str:
+    """As text; empty for what was not set, or plays no part."""
+    value = header["settings"].get(name)
+    if name.startswith(OF_DRAFTS) and not header["settings"].get("draft_checkpoint_path"):
+        return ""
+    if value is None or value is False:
+        return ""
+    return ", ".join(map(str, value)) if isinstance(value, list) else "yes" if value is True else str(value)
+
+
+def draw_row(name: str, values: list[str]) -> str:
+    cells = "".join(f"<td>{escape(value)}</td>" for value in values)
+    return f"<tr><th>{escape(name)}</th>{cells}</tr>"
 
 
 def draw_bar(label: str, fraction: float | None, value: str, run: Run) -> str:
     track = f'<span class="track"><i style="width: {100 * (fraction or 0):.1f}%"></i></span>'
-    return f'<div class="bar" {run.style}><span>{escape(label)}</span>{track}<span>{escape(value)}</span></div>'
+    label = f"{run.key}{escape(label)}"
+    return f'<div class="bar {run.css}"><span>{label}</span>{track}<span>{escape(value)}</span></div>'
 
 
 def draw_subjects(runs: list[Run]) -> str:
@@ -173,43 +235,96 @@ def round_up(value: float) -> float:
 
 def draw_speed(runs: list[Run]) -> str:
     """tokens/s of every question over its number of visual tokens."""
-    points = [
-        (line["n_visual_tokens"], line["tokens_per_s"], run)
-        for run in runs
-        for line in run.lines.values()
-        if line.get("tokens_per_s") and line.get("n_visual_tokens")
-    ]
-    if not points:
+    points = {run.number: speed_points(run) for run in runs}
+    every = [point for own in points.values() for point in own]
+    if not every:
         return ""
+    x_most, y_most = (round_up(max(column)) for column in zip(*every))
     width, height, left, bottom = PLOT
-    x_most, y_most = (round_up(max(point[i] for point in points)) for i in (0, 1))
     x = lambda value: left + (width - left - 20) * value / x_most
     y = lambda value: 10 + (height - bottom - 10) * (1 - value / y_most)
-    marks = []
+    marks = []  # one path for all of a run
+    for run in runs:
+        path = "".join(f"M{x(n):.1f},{y(speed):.1f}{run.shape}" for n, speed in points[run.number])
+        marks.append(f'<path class="mark {run.css}" d="{path}"/>')
+    legend = "".join(f"<span>{run.key}{escape(run.name)}</span>" for run in runs if points[run.number])
+    svg = "".join([*draw_axes(x, y, x_most, y_most), *marks])
+    plot = f'<svg class="plot" viewBox="0 0 {width} {height}" role="img" aria-label="speed">{svg}</svg>'
+    return f'<h2>Decode speed of each question</h2><p class="note legend">{legend}</p>{plot}'
+
+
+def speed_points(run: Run) -> list[tuple[float, float]]:
+    """Visual tokens and tokens/s of the questions that have both."""
+    lines = [line for line in run.lines.values() if line.get("tokens_per_s") and line.get("n_visual_tokens")]
+    return [(line["n_visual_tokens"], line["tokens_per_s"]) for line in lines]
+
+
+def draw_axes(x: Callable, y: Callable, x_most: float, y_most: float) -> list[str]:
+    """Grid lines, numbers, and what they count; x and y give the place of a value."""
+    width, height, left, bottom = PLOT
+    parts = []
     for i in range(6):
         at, of = x_most * i / 5, y_most * i / 5
-        marks.append(f'<line x1="{left}" x2="{width - 20}" y1="{y(of):.1f}" y2="{y(of):.1f}" stroke="#8884"/>')
-        marks.append(f'<text x="{left - 6}" y="{y(of) + 4:.1f}" text-anchor="end">{of:g}</text>')
-        marks.append(f'<text x="{x(at):.1f}" y="{height - bottom + 16}" text-anchor="middle">{at:g}</text>')
-    marks.append(f'<text x="{width / 2}" y="{height - 6}" text-anchor="middle">visual tokens of a question</text>')
-    marks += [
-        f'<circle cx="{x(n):.1f}" cy="{y(speed):.1f}" r="3.5" fill="{run.color}" fill-opacity="0.6"/>'
-        for n, speed, run in points
-    ]
-    legend = " ".join(f'<span {run.style}><i class="dot"></i> {escape(run.name)}</span>' for run in runs)
-    plot = f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="speed">{"".join(marks)}</svg>'
-    return f'<h2>Decode speed (tokens/s) against visual tokens</h2><p class="note">{legend}</p>{plot}'
+        parts.append(f'<line x1="{left}" x2="{width - 20}" y1="{y(of):.1f}" y2="{y(of):.1f}" stroke="#8884"/>')
+        parts.append(f'<text x="{left - 6}" y="{y(of) + 4:.1f}" text-anchor="end">{of:g}</text>')
+        parts.append(f'<text x="{x(at):.1f}" y="{height - bottom + 16}" text-anchor="middle">{at:g}</text>')
+    middle = (height - bottom + 10) / 2
+    parts.append(f'<text x="{(width + left) / 2}" y="{height - 6}" text-anchor="middle">visual tokens</text>')
+    turned = f'transform="rotate(-90 14 {middle})" text-anchor="middle"'
+    return [*parts, f'<text x="14" y="{middle}" {turned}>decode speed, tokens/s</text>']
 
 
 # ---- questions -----------------------------------------------------------------------------------------------------
 
 
-def draw_questions(runs: list[Run]) -> str:
+def draw_questions(runs: list[Run], subjects: list[str]) -> str:
     ids = list(dict.fromkeys(question_id for run in runs for question_id in run.lines))
-    return f"<h2>{len(ids)} questions</h2>" + "".join(draw_question(question_id, runs) for question_id in ids)
+    articles = "".join(draw_question(question_id, runs, subjects) for question_id in ids)
+    count = f'<p class="note count"> of {len(ids)} questions</p>'  # counted by the style sheet, hence after them
+    return f'<h2>Questions</h2>{draw_filter(runs, subjects)}<div class="questions">{articles}{count}</div>'
 
 
-def draw_question(question_id: str, runs: list[Run]) -> str:
+def draw_filter(runs: list[Run], subjects: list[str]) -> str:
+    """Three lists to choose from; the style sheet hides what was not chosen (filter_style)."""
+    choices = {
+        "Subject": {f"s{i}": subject.replace("_", " ") for i, subject in enumerate(subjects)},
+        "Variant": {run.css: run.name for run in runs},
+        "Verdict": {verdict: verdict for verdict in VERDICTS},
+    }
+    lists = [
+        f'<label>{title} <select id="{title.lower()}"><option value="">all</option>'
+        + "".join(f'<option value="{value}">{escape(text)}</option>' for value, text in options.items())
+        + "</select></label>"
+        for title, options in choices.items()
+    ]
+    return f'<form class="filter" autocomplete="off">{"".join(lists)}<input type="reset" value="Show all"></form>'
+
+
+def filter_style(runs: list[Run], subjects: list[str]) -> str:
+    """Rules that hide the questions that are not chosen. With a variant chosen, verdicts are its own.
+
+    They look into the lists, whose content never changes: with body:has() each new question made Chromium match all of
+    them again, and 900 took half a minute to open.
+    """
+    chosen = lambda title, value: f':has(#{title} [value="{value}"]:checked)'
+    hidden = [(chosen("subject", f"s{i}"), f"article:not(.s{i})") for i in range(len(subjects))]
+    for run in runs:
+        hidden += [(chosen("variant", run.css), f"{what}:not(.{run.css})") for what in ("article", ".reply")]
+    for verdict in VERDICTS:
+        for css in ("any", *(run.css for run in runs)):
+            variant = chosen("variant", css if css != "any" else "")
+            hidden.append((variant + chosen("verdict", verdict), f"article:not(.{css}-{verdict})"))
+    colors = [f".{run.css} {{ --run: {COLORS[run.number % len(COLORS)]}; }}" for run in runs]
+    rules = [f".filter{choice} + .questions {others} {{ display: none; }}" for choice, others in hidden]
+    return "\n".join(colors + rules)
+
+
+def verdict_of(line: dict) -> str | None:
+    """None of VERDICTS: the benchmark judges nothing."""
+    return "failed" if "error" in line else {True: "right", False: "wrong", None: None}[line.get("correct")]
+
+
+def draw_question(question_id: str, runs: list[Run], subjects: list[str]) -> str:
     """Images beside the question, its right answer and the reply of each run."""
     lines = [(run, run.lines[question_id]) for run in runs if question_id in run.lines]
     pictures = next((line["pictures"] for _, line in lines if line.get("pictures")), [])
@@ -221,7 +336,10 @@ def draw_question(question_id: str, runs: list[Run]) -> str:
     parts += [f"<p>Right answer: <b>{escape(answer)}</b></p>"] if answer else []
     parts += [draw_reply(run, line) for run, line in lines]
     images = f"<div>{images}</div>" if images else ""
-    return f"<article{'' if images else ' class=plain'}>{images}<div>{''.join(parts)}</div></article>"
+    verdicts = {run.css: verdict_of(line) for run, line in lines}
+    classes = [f"s{subjects.index(lines[0][1]['group'])}", *verdicts, *([] if images else ["plain"])]
+    classes += [f"{css}-{verdict}" for own, verdict in verdicts.items() if verdict for css in ("any", own)]
+    return f'<article class="{" ".join(dict.fromkeys(classes))}">{images}<div>{"".join(parts)}</div></article>'
 
 
 def right_answer(line: dict) -> str:
@@ -242,9 +360,8 @@ def draw_reply(run: Run, line: dict) -> str:
     replies = line.get("response", line.get("error", ""))
     texts = [*(replies if isinstance(replies, list) else [replies]), line.get("program_error", "")]
     body = "".join(f"<pre>{escape(text)}</pre>" for text in texts if text)
-    return (
-        f'<div class="reply" {run.style}><span class="note">{escape(run.name)}: {", ".join(marks)}</span>{body}</div>'
-    )
+    note = f'<span class="note">{escape(run.name)}: {", ".join(marks)}</span>'
+    return f'<div class="reply {run.css}">{note}{body}</div>'
 
 
 # ---- the page ------------------------------------------------------------------------------------------------------
@@ -253,13 +370,16 @@ def draw_reply(run: Run, line: dict) -> str:
 def draw_page(runs: list[Run]) -> str:
     title = " and ".join(dict.fromkeys(run.header["settings"]["bench_name"] for run in runs))
     body = [draw_cards(runs), draw_settings(runs), draw_subjects(runs), draw_histograms(runs), draw_speed(runs)]
+    subjects = sorted({line["group"] for run in runs for line in run.lines.values()})
+    body.append(draw_questions(runs, subjects))
+    style = STYLE + filter_style(runs, subjects)
     # The policy forbids whatever the page does not need, the network and scripts above all.
     policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
     return f"""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy" content="{policy}">
-<title>{escape(title)}: accuracy and speed</title><style>{STYLE}</style></head>
-<body><h1>{escape(title)}: accuracy and speed</h1>{"".join(body)}{draw_questions(runs)}</body></html>
+<title>{escape(title)}: accuracy and speed</title><style>{style}</style></head>
+<body><h1>{escape(title)}: accuracy and speed</h1>{"".join(body)}</body></html>
 """
 
 
