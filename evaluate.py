@@ -358,7 +358,7 @@ def check_images(benchmark: Benchmark, engine: Engine, args: argparse.Namespace)
 def run(args: argparse.Namespace) -> int:
     if args.score:
         lines = mmmu.score_responses(mmmu.read_responses(args.score))
-        print_summary(accuracy(lines) | group_accuracy(lines))
+        print_summary({"name": "MMMU", "variants": {"responses": accuracy(lines)}} | group_accuracy(lines))
         return 0
     with join_ranks(args) as ranks:
         return examine(args, ranks)
@@ -389,7 +389,7 @@ def examine(args: argparse.Namespace, ranks: OneProcess) -> int:
         log("\ninterrupted; the summary so far:")
         status = 130
     if ranks.rank == 0:
-        print_summary(summarize(results.header, results.lines))
+        print_summary(summarize(results.header, results.lines), results.header)
     return status
 
 

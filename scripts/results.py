@@ -26,6 +26,7 @@ ROWS = [  # of the table: name, field of rates(), decimals
     ("accepted draft tokens", "mean_accepted", 2),
     ("tokens per verification", "tokens_per_step", 2),
 ]
+DETAILS = {"draft_share", "verify_share", "rest_share", "draft_time_to_first_token_s", "n_prompt_tokens"}
 
 
 # ---- lines and their file ------------------------------------------------------------------------------------------
@@ -187,7 +188,7 @@ def group_by(lines: list[dict], field: str) -> dict[str, list[dict]]:
 
 
 def summarize(header: dict, lines: list[dict]) -> dict:
-    """The last line of stdout. The first variant's figures stand at the top; "variants" has them all."""
+    """What a run found: the figures of each variant, and per subject those of the first."""
     names, judged = header["variants"], header["judged"]
     of = {name: [line for line in lines if line["variant"] == name] for name in names}
     variants = {}
@@ -198,8 +199,8 @@ def summarize(header: dict, lines: list[dict]) -> dict:
         if name != names[0]:
             variants[name] |= speed_up(of[names[0]], of[name])
     complete = all(len(each) == header["n_questions"] for each in of.values())
-    summary = variants[names[0]] | group_accuracy(of[names[0]], judged) | {"complete": complete}
-    return summary | header | {"variants": variants}
+    summary = {"name": header["settings"]["bench_name"], "complete": complete, "variants": variants}
+    return summary | group_accuracy(of[names[0]], judged)
 
 
 def speed_up(base: list[dict], lines: list[dict]) -> dict:
@@ -257,23 +258,33 @@ def print_table(rows: list[list[str]]) -> None:
     print()
 
 
-def print_summary(summary: dict) -> None:
-    """Tables for people, then the summary as one line of JSON."""
-    if "settings" in summary:
-        print_speed(summary)
-    if summary["accuracy"] is not None:
-        groups = summary["disciplines"] | summary["subjects"] | {"all": summary}
+def print_summary(summary: dict, header: dict | None = None) -> None:
+    """Tables for people, then the summary as one line of JSON. header: the run's; None: responses made elsewhere."""
+    if header:
+        print_speed(summary["variants"], header)
+    first = next(iter(summary["variants"].values()))
+    if first["accuracy"] is not None:
+        groups = summary["disciplines"] | summary["subjects"] | {"all": first}
         rows = [[name, show(each["accuracy"]), show_correct(each)] for name, each in groups.items()]
         print_table([["", "accuracy", "correct"], *rows])
-    print(json.dumps(summary), flush=True)
+    print(json.dumps(summary | {"variants": shorten(summary["variants"])}), flush=True)
 
 
-def print_speed(summary: dict) -> None:
-    settings, device = summary["settings"], summary["device"]
-    print(f"{settings['bench_name']} with {settings['checkpoint_path']}, {settings['dtype']}, {device}")
-    print(f"memory bandwidth {summary['bandwidth_gb_per_s']:.1f} GB/s measured; seconds are means of an answer\n")
-    variants = summary["variants"].values()
-    table = [["", *summary["variants"]], ["correct", *map(show_correct, variants)]]
+def shorten(value):
+    """Figures for a line of JSON: six digits of each number, and none of DETAILS."""
+    if isinstance(value, dict):
+        return {name: shorten(each) for name, each in value.items() if name not in DETAILS}
+    if isinstance(value, list):
+        return [shorten(each) for each in value]
+    return float(f"{value:.6g}") if isinstance(value, float) else value
+
+
+def print_speed(named: dict[str, dict], header: dict) -> None:
+    """named: the figures of each variant."""
+    settings, variants = header["settings"], named.values()
+    print(f"{settings['bench_name']} with {settings['checkpoint_path']}, {settings['dtype']}, {header['device']}")
+    print(f"memory bandwidth {header['bandwidth_gb_per_s']:.1f} GB/s measured; seconds are means of an answer\n")
+    table = [["", *named], ["correct", *map(show_correct, variants)]]
     table += [[name, *(show(each.get(field), digits) for each in variants)] for name, field, digits in ROWS]
     for name, field in {"decode speed-up": "speed_up", "answer speed-up": "answer_speed_up"}.items():
         table.append([name, *(show(each.get(field), 2) for each in variants)])

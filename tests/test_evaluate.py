@@ -26,13 +26,13 @@ PUBLIC_DATA = ROOT.parent / "shared/data/benchmarks"  # of whoever keeps it ther
 
 @pytest.fixture
 def run(capsys, monkeypatch):
-    """Run the program in this process; returns status, summary (the last line of stdout), the lines of stderr."""
+    """Run the program in this process; returns status, summary (see bench), the lines of stderr."""
     monkeypatch.setattr(evaluate, "BANDWIDTH_BYTES", 1 << 20)
 
     def call(*flags) -> tuple[int, dict, list[str]]:
         status = evaluate.main(["--device", "cpu", *map(str, flags)])
         out, err = capsys.readouterr()
-        return status, json.loads(out.splitlines()[-1]) if out else {}, err.splitlines()
+        return status, bench.read_summary(out) if out else {}, err.splitlines()
 
     return call
 
@@ -72,9 +72,11 @@ def test_scenes(run, tiny, tmp_path):
     assert {"accuracy", "correct", "tokens_per_s", "time_to_first_token_s", "bandwidth_share", "mean_accepted"} <= set(
         summary
     )
-    assert summary["settings"]["bench_name"] == "scenes" and summary["mean_accepted"] is None
-    assert summary["time_to_first_token_s"] == pytest.approx(summary["encoder_s"] + summary["prefill_s"])
     header, *lines = read(output)
+    assert summary["name"] == header["settings"]["bench_name"] == "scenes" and summary["mean_accepted"] is None
+    first_token_s = pytest.approx(summary["encoder_s"] + summary["prefill_s"], rel=1e-5)  # six digits are printed
+    assert summary["time_to_first_token_s"] == first_token_s
+    assert all(line["time_to_first_token_s"] == pytest.approx(line["encoder_s"] + line["prefill_s"]) for line in lines)
     assert len(lines) == 8 and all(len(digest) == 64 for digest in header["sha256"].values())
     assert lines[0]["pictures"][0].startswith("data:image/jpeg;base64,") and "<image>" in lines[0]["question"][0]
     assert sum(line["group"] == "describe" for line in lines) == 2
@@ -163,6 +165,19 @@ def test_compare_takes_turns(run, tiny, tmp_path):
         assert each["draft_n_visual_tokens"] == pytest.approx(each["n_visual_tokens"] / 2, abs=1)
         assert sum(each["accept_counts"]) > 0
     assert "pictures" in lines[0] and "pictures" not in lines[1]
+
+
+def test_last_line_is_small(tiny, capsys, monkeypatch):
+    """Each figure once: what a script reads. The settings are in the results file."""
+    monkeypatch.setattr(evaluate, "BANDWIDTH_BYTES", 1 << 20)
+    flags = [*tiny(draft="qwen2.5-vl:other"), "--device", "cpu", "--num_questions", 3, "--compare", "0"]
+    assert evaluate.main([*map(str, flags)]) == 0
+    line = capsys.readouterr().out.splitlines()[-1]
+    summary = json.loads(line)
+    assert set(summary) == {"name", "complete", "variants", "disciplines", "subjects"} and len(line) < 2000
+    figures = {"accuracy", "correct", "total", "failed", "tokens_per_s", "time_to_first_token_s", "answer_s"}
+    assert all(figures <= set(variant) for variant in summary["variants"].values())
+    assert {"speed_up", "answer_speed_up", "same_answers"} <= set(summary["variants"]["draft"])
 
 
 def test_compare_without_a_list(run, tiny):
@@ -337,7 +352,7 @@ def test_stopped_program_with_a_real_model(tiny, run, tmp_path, sign, expected):
     n_before = len(output.read_text().splitlines())
     assert process.returncode == expected and 4 <= n_before < 81 and "Traceback" not in err
     if sign == signal.SIGINT:
-        summary = json.loads(out.splitlines()[-1])
+        summary = bench.read_summary(out)
         assert (summary["total"], summary["complete"]) == (n_before - 1, False)
     status, summary, _ = run(*flags, "--output", output, "--resume")
     assert status == 0 and summary["complete"] and summary["total"] == 80

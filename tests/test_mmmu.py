@@ -185,7 +185,7 @@ def score(tmp_path, capsys, lines: list) -> tuple[int, dict, str]:
     path = bench.write_jsonl(tmp_path / "responses.jsonl", lines)
     status = evaluate.main(["--bench_name", "MMMU", "--score", str(path)])
     out, err = capsys.readouterr()
-    return status, json.loads(out.splitlines()[-1]) if out else {}, err
+    return status, bench.read_summary(out) if out else {}, err
 
 
 def choice_response(subject: str, i: int, answer, response: str) -> dict:
@@ -230,7 +230,7 @@ def test_official_example_outputs(tmp_path, capsys):
         "validation_Electronics_232",
     ]
     assert evaluate.main(["--bench_name", "MMMU", "--score", str(path)]) == 0
-    summary = json.loads(capsys.readouterr().out.splitlines()[-1])
+    summary = bench.read_summary(capsys.readouterr().out)
     assert (summary["correct"], summary["total"]) == (15, 60)
     assert summary["subjects"]["Electronics"] == {"accuracy": 8 / 30, "correct": 8, "total": 30}
 
@@ -274,7 +274,7 @@ REPLIES = {  # to the ten questions of a subject, and whether each is right
 def run_mmmu(capsys, *flags) -> tuple[int, dict, list[str]]:
     status = evaluate.main(["--bench_name", "MMMU", "--device", "cpu", *map(str, flags)])
     out, err = capsys.readouterr()
-    return status, json.loads(out.splitlines()[-1]) if out else {}, err.splitlines()
+    return status, bench.read_summary(out) if out else {}, err.splitlines()
 
 
 @pytest.fixture

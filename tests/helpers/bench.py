@@ -20,6 +20,12 @@ EXPLANATION = "The explanation, which nobody may see."
 N_IMAGES = 7
 
 
+def read_summary(out: str) -> dict:
+    """The last line of evaluate.py's stdout, with the first variant's figures at its top too, for short."""
+    summary = json.loads(out.splitlines()[-1])
+    return summary | next(iter(summary["variants"].values()))
+
+
 def png(color: tuple[int, int, int], size: tuple[int, int] = (56, 56)) -> bytes:
     buffer = io.BytesIO()
     Image.new("RGB", size, color).save(buffer, "PNG")
