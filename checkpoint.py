@@ -6,7 +6,8 @@ Knows files. Does not know what the tensors are for, how they are quantized, or 
 import json
 import mmap
 import os
-from collections.abc import Iterable
+import shutil
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -52,8 +53,10 @@ def write_checkpoint(path: Path, shapes: dict[str, tuple], tensors: Iterable[tup
     shapes: name -> (shape, dtype). The file appears under its name when it is complete. Raises OSError (disk full).
     """
     part = path.with_name(path.name + ".part")
+    outline = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in shapes.items()}  # never touched
+    n_bytes = sum(tensor.nbytes for tensor in outline.values())
+    check_space(path.parent, n_bytes)
     try:
-        outline = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in shapes.items()}  # never touched
         try:
             with torch.serialization.skip_data():
                 torch.save(outline, part)
@@ -62,12 +65,29 @@ def write_checkpoint(path: Path, shapes: dict[str, tuple], tensors: Iterable[tup
         reserve_space(part)
         with torch.serialization.set_default_mmap_options(mmap.MAP_SHARED):
             mapped = torch.load(part, mmap=True, weights_only=True)
-        for name, tensor in tensors:
+        for name, tensor in show_progress(path.name, tensors, n_bytes):
             mapped[name].copy_(tensor)
         del mapped
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def check_space(folder: Path, n_bytes: int) -> None:
+    """Raises OSError, one line, if the disk has no room for so many bytes more."""
+    free = shutil.disk_usage(folder).free
+    if n_bytes > free:
+        raise OSError(f"{folder} has {free / 1e9:.1f} GB of free space, {n_bytes / 1e9:.1f} GB are needed")
+
+
+def show_progress(label: str, tensors: Iterable[tuple[str, Tensor]], n_bytes: int) -> Iterator[tuple[str, Tensor]]:
+    """The tensors; a bar on stderr, if that is a terminal, shows bytes, their rate, and the time that is left."""
+    from huggingface_hub.utils import tqdm  # only who writes a checkpoint needs it
+
+    with tqdm(desc=label, total=n_bytes, unit="B", unit_scale=True, disable=None) as bar:
+        for name, tensor in tensors:
+            yield name, tensor
+            bar.update(tensor.nbytes)
 
 
 def reserve_space(path: Path) -> None:

@@ -5,6 +5,7 @@ Knows argparse, the standard streams and the checkpoints that come with the repo
 
 import argparse
 import os
+import shlex
 import sys
 import warnings
 from collections.abc import Callable
@@ -88,6 +89,11 @@ def write(text: str) -> None:
     """What was asked for, to stdout, at once."""
     if IS_FIRST_RANK:
         print(text, end="", flush=True)
+
+
+def command_for(checkpoint: Path) -> str:
+    """The command that answers with a checkpoint that was just made."""
+    return f"python generate.py --checkpoint_path {shlex.quote(str(checkpoint))} --prompt 'What is a cache?'"
 
 
 def run_command(name: str, command: Callable[[], int]) -> int:

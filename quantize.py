@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-from cli import Parser, run_command
+from cli import Parser, command_for, log, run_command
 
 import torch
 import torch.nn.functional as F
@@ -539,6 +539,7 @@ def run(argv: list[str] | None) -> int:
     before, after = args.checkpoint_path.stat().st_size, result.stat().st_size
     print("\n".join(f"{kind:32} relative error {error:.5f} (RMS)" for kind, error in errors.items()))
     print(f"{before / 1e9:.3f} GB -> {after / 1e9:.3f} GB ({after / before:.2f}): {result}")
+    log(f"next: {command_for(result)}")
     return 0
 
 

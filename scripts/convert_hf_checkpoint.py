@@ -18,7 +18,7 @@ from functools import lru_cache, reduce
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from cli import one_line
+from cli import command_for, log, one_line
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -654,9 +654,10 @@ def first_difference(found: dict, wanted: dict) -> str | None:
     return None
 
 
-def convert(hub_dir: Path, model_name: str | None = None) -> None:
-    """Raises ValueError or OSError with one line for whatever is wrong with the folder; then nothing new is left.
+def convert(hub_dir: Path, model_name: str | None = None) -> Path:
+    """Make model.pth, whose path is returned, and params.json beside it.
 
+    Raises ValueError or OSError, one line, for whatever is wrong with the folder; then nothing new is left.
     model_name: a row of published_models.MODELS that config.json has to agree with.
     """
     if not hub_dir.is_dir():
@@ -691,8 +692,10 @@ def convert(hub_dir: Path, model_name: str | None = None) -> None:
     params = json.dumps({"model": asdict(args), "tokenizer": settings}, indent=1)
     tensors = ((name, build_tensor(name, source, files, shapes[name])) for name, source in plan.items())
     outline = {name: (shapes[name], stored_dtype(source, files)) for name, source in plan.items()}
-    write_checkpoint(hub_dir / "model.pth", outline, tensors)
+    result = hub_dir / "model.pth"
+    write_checkpoint(result, outline, tensors)
     (hub_dir / "params.json").write_text(params)
+    return result
 
 
 def main() -> None:
@@ -701,13 +704,14 @@ def main() -> None:
     parser.add_argument("--model_name", help="refuse unless config.json is that of this row of published_models.py")
     args = parser.parse_args()
     try:
-        convert(args.checkpoint_dir, args.model_name)
+        result = convert(args.checkpoint_dir, args.model_name)
     except (ValueError, OSError) as error:
         print(f"convert_hf_checkpoint.py: {one_line(error)}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("convert_hf_checkpoint.py: interrupted, nothing was written", file=sys.stderr)
         sys.exit(130)
+    log(f"wrote {result}; next: {command_for(result)}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The converter: every layout of the hub's files, what it refuses and what it leaves behind then, and its memory."""
 
 import errno
+import io
 import json
 import os
 import re
@@ -8,12 +9,15 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import checkpoint
 from scripts import convert_hf_checkpoint
+from scripts.convert_hf_checkpoint import convert
 from scripts.published_models import MODELS, named
 from tests.helpers import hub
 from tests.helpers.checkpoints import LLAMA31
@@ -328,6 +332,29 @@ def test_missing_tokenizer(folder, refusal):
 
 def test_missing_folder(tmp_path, refusal):
     assert "no such folder" in refusal(tmp_path / "nowhere")
+
+
+def test_says_where_the_result_is(folder, monkeypatch, capsys):
+    """And the next command; where stderr is a terminal, a bar counts the bytes of the tensors."""
+
+    class Screen(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    status, err = run_main(monkeypatch, capsys, "--checkpoint_dir", folder)
+    path = folder / "model.pth"
+    assert status == 0 and err.count("\n") == 1 and f"wrote {path}" in err
+    assert f"python generate.py --checkpoint_path {path}" in err
+    screen = Screen()
+    monkeypatch.setattr(sys, "stderr", screen)
+    convert(folder)
+    n_bytes = sum(tensor.nbytes for tensor in checkpoint.load_mapped(path).values())
+    assert re.search(rf"model.pth: 100%.*{n_bytes / 1000:.0f}k/{n_bytes / 1000:.0f}k .*B/s", screen.getvalue())
+
+
+def test_no_room(folder, refusal, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    assert "free space" in refusal(folder)
 
 
 def test_full_disk(folder, refusal, monkeypatch):

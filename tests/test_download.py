@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
@@ -32,10 +33,12 @@ class Hub:
     def __init__(self, token=None):
         self.token = token
 
-    def list_repo_files(self, repo_id):
+    def model_info(self, repo_id, files_metadata):
         if repo_id == "no/body":
             raise OSError("Repository Not Found\nfor url: ...")
-        return self.files if repo_id != "no/weights" else SMALL
+        names = self.files if repo_id != "no/weights" else SMALL
+        size = 10**18 if repo_id == "no/room" else 100
+        return SimpleNamespace(siblings=[SimpleNamespace(rfilename=name, size=size) for name in names])
 
 
 @pytest.fixture
@@ -60,11 +63,12 @@ def test_download(run, tmp_path):
     assert status == 0 and streams.out.strip() == str(tmp_path / "some/body")
     assert fetched["local_dir"] == tmp_path / "some/body" and fetched["token"] == "T"
     assert set(fetched["allow_patterns"]) == {*SMALL, "model.safetensors"}
+    assert f"--checkpoint_dir {tmp_path / 'some/body'}" in streams.err, "the next command"
 
 
-@pytest.mark.parametrize("repo_id", ["no/body", "no/weights"])
-def test_what_cannot_be_downloaded_is_one_line(run, repo_id):
-    status, fetched, streams = run("--repo_id", repo_id)
+@pytest.mark.parametrize("repo_id", ["no/body", "no/weights", "no/room"])
+def test_what_cannot_be_downloaded_is_one_line(run, repo_id, tmp_path):
+    status, fetched, streams = run("--repo_id", repo_id, "--download_dir", str(tmp_path))
     assert status == 2 and not fetched and streams.err.count("\n") == 1 and repo_id in streams.err
 
 
