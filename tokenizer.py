@@ -333,7 +333,8 @@ class Tokenizer:
             if not isinstance(value, REQUEST_TYPES.get(name, ())):
                 raise ValueError(f"no {name} of this kind in a request; known are {', '.join(REQUEST_TYPES)}")
         if "messages" in request:
-            return self.encode_chat(request["messages"], request.get("date_string")), find_images(request["messages"])
+            messages = [read_image_urls(message) for message in request["messages"]]
+            return self.encode_chat(messages, request.get("date_string")), find_images(messages)
         prompt, images = request["prompt"], [{"type": "image", "path": path} for path in request.get("images", [])]
         if isinstance(prompt, int):
             if not 0 < prompt < 2**24:
@@ -450,6 +451,21 @@ class Tokenizer:
                 case _:
                     raise ValueError(f"{where}: a part must be text or an image, not {str(part)[:60]}")
         return [{"type": "image"} if part["type"] == "image" else part for part in parts]
+
+
+def read_image_urls(message: dict) -> dict:
+    """The message with image parts in the place of image_url parts, the form of other programs' requests."""
+
+    def read(part):
+        match part:
+            case {"type": "image_url", "image_url": {"url": str(url)} | str(url), **more}:
+                return {**more, "type": "image", "path": url}
+        return part
+
+    match message:
+        case {"content": list(parts)}:
+            return message | {"content": [*map(read, parts)]}
+    return message
 
 
 def find_images(messages: Sequence[dict]) -> list[dict]:
