@@ -23,6 +23,7 @@ from model import FeedForward, Prompt, rope_table, rotate
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 HALF = (0.5, 0.5, 0.5)  # SigLIP's mean and std
 GREY = (127, 127, 127)  # SigLIP's mean as a color, rounded as transformers' processor does
+ENCODED_BYTES = 2**29  # of image features that are kept from one prompt to the next
 
 
 def to_pixels(image: Image.Image, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
@@ -366,16 +367,22 @@ class Encoded(NamedTuple):
 
 
 def encode_image(encoder: Encoder, image: Image.Image, encoded: dict[int, Encoded], alone: bool) -> Encoded:
-    """The image's features; from `encoded` if the same image was encoded before, in the way that is needed now."""
+    """The image's features; from `encoded` if the same image was encoded before, in the way that is needed now.
+
+    Those that come when ENCODED_BYTES are taken are not kept: a conversation's next prompt begins with the first ones.
+    """
     several = None if alone else encoder.preprocess_several(image)
     key = zlib.crc32(image.tobytes(), image.width | (several is not None) << 31)
-    if key not in encoded:
-        weight = next(encoder.parameters())
-        pixels, grid = several or encoder.preprocess(image)
-        features = encoder(pixels.to(weight.device, weight.dtype), grid)
-        n = len(features)
-        encoded[key] = Encoded(features, encoder.positions(n, grid), key, encoder.newlines(n, grid))
-    return encoded[key]
+    if key in encoded:
+        return encoded[key]
+    weight = next(encoder.parameters())
+    pixels, grid = several or encoder.preprocess(image)
+    features = encoder(pixels.to(weight.device, weight.dtype), grid)
+    n = len(features)
+    found = Encoded(features, encoder.positions(n, grid), key, encoder.newlines(n, grid))
+    if features.nbytes + sum(each.features.nbytes for each in encoded.values()) <= ENCODED_BYTES:
+        encoded[key] = found
+    return found
 
 
 class Pruning(NamedTuple):

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import generate
+import vision
 from generate import Sampling, draw, probabilities
 from tests.helpers.pictures import draw as draw_picture
 
@@ -207,3 +208,18 @@ def test_sampling():
     assert set(sample(1000, temperature=5.0, top_k=2).tolist()) == {1, 2}
     assert set(sample(1000, temperature=5.0, top_k=1).tolist()) == {1}
     assert set(sample(1000, temperature=5.0, top_k=100).tolist()) == {0, 1, 2}
+
+
+@torch.inference_mode()
+def test_kept_image_features_are_bounded(pair, monkeypatch):
+    """In a chat of 200 pictures those of the first stay, which its next prompt begins with."""
+    pair, pictures = pair("qwen2.5-vl"), [draw_picture(56, 56, seed) for seed in range(200)]
+    size = vision.encode_image(pair.encoder, pictures[0], {}, alone=False).features.nbytes
+    monkeypatch.setattr(vision, "ENCODED_BYTES", 20 * size)
+    encoded, encode, n_encoded = {}, pair.encoder.forward, []
+    monkeypatch.setattr(pair.encoder, "forward", lambda *args: n_encoded.append(1) or encode(*args))
+    for _ in range(2):
+        for picture in pictures:
+            vision.encode_image(pair.encoder, picture, encoded, alone=False)
+    assert sum(each.features.nbytes for each in encoded.values()) == 20 * size
+    assert len(n_encoded) == 200 + 180
