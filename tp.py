@@ -25,6 +25,7 @@ import time
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from datetime import timedelta
+from functools import cache
 from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,7 @@ def pad_heads(first: int, last: int, group: int) -> tuple[list[int], range]:
     return [head for heads in groups for head in heads + [-1] * (width - len(heads))], kv_heads
 
 
+@cache  # each rank's shard is made with all ranks' heads in view
 def split_heads(n_head: int, n_kv_head: int, n_ranks: int) -> list[range]:
     """The query heads of each rank: the split whose largest rank is smallest.
 
@@ -283,10 +285,12 @@ class Ranks(OneProcess):
         for rank, other in enumerate(settings):
             if different := [name for name, value in settings[0].items() if other.get(name) != value]:
                 raise ValueError(f"{different[0]} is not the same on rank {rank} as on rank 0")
-        backend, limit = "nccl" if gpu else "gloo", timedelta(seconds=LIMIT_S)
+        backend, limit, stdout = "nccl" if gpu else "gloo", timedelta(seconds=LIMIT_S), os.dup(1)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # PyTorch 2.8's gloo greets on stdout, even if it connects lazily
         dist.init_process_group(
             backend, store=self.store, rank=self.rank, world_size=self.n_ranks, timeout=limit, device_id=gpu
         )
+        os.dup2(stdout, 1)
 
     def fail(self, error: Exception) -> Exception:
         """What this rank raises after error: if a collective has failed, the mistake that ended another rank.
@@ -371,8 +375,7 @@ def choose_gpu(device: str) -> torch.device:
 def describe(args: argparse.Namespace) -> dict[str, str]:
     """What must be the same on all ranks: flags, and the files that they name."""
     flags = {f"--{name}": str(value) for name, value in vars(args).items() if name not in ("output", "profile")}
-    paths = [path for path in (args.checkpoint_path, args.draft_checkpoint_path) if path]
-    return flags | {str(path): fingerprint(path) for path in paths}
+    return flags | {str(path): fingerprint(path) for path in (args.checkpoint_path, args.draft_checkpoint_path) if path}
 
 
 def fingerprint(path: Path) -> str:
