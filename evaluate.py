@@ -22,7 +22,8 @@ from cli import log, number, one_line
 import torch
 from PIL import Image
 
-from generate import Draft, Engine, answer, answer_options, load, now, reply_message, weight_bytes
+from generate import Draft, Engine, answer, answer_options, load, reply_message, weight_bytes
+from gpu import now
 from images import load_image
 from scripts.results import Progress, Results, accuracy, group_accuracy, print_summary, rates, summarize
 from scripts.tasks import human_eval, mmmu

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import cli
 from cli import log, one_line, write
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 import checkpoint
 import cpu
+import gpu
 import quantize
 from images import load_image, resize_as_asked
 from model import CachedTokens, Prompt, Transformer
@@ -54,6 +55,7 @@ class Engine:
     cross_attention_seq_length: int | None = None  # image features under cross-attention; None: likewise
     draft: "Draft | None" = None
     ranks: OneProcess = field(default_factory=OneProcess)
+    greedy: gpu.GreedyDecoder | None = None  # what decodes at temperature 0, if not the loop of decode()
     encoded: dict = field(default_factory=dict)  # image features that are kept for the next prompt
 
     @property
@@ -65,10 +67,8 @@ class Engine:
         return self.model.cached
 
     def cache_length(self, n: int) -> int:
-        """The KV-cache length that a step on n more tokens reads; on GPUs few values, as each has a CUDA graph."""
-        position = self.cached.position
-        grain = 64 if self.device.type == "cpu" else max(64, 1 << (position + n - 1).bit_length())
-        return min(-(-(position + n) // grain) * grain, self.cached.n_slots)
+        """The KV-cache length that a step on n more tokens reads."""
+        return min(round_up(self.cached.position + n, 64), self.cached.n_slots)
 
     def build_prompt(self, tokens: list[int], images: list[Image.Image], pruning: Pruning | None = None) -> Prompt:
         args = self.model.args
@@ -86,13 +86,13 @@ class Engine:
         n_new = min(max_new_tokens, limit - len(prompt) + 1)  # the last token is never put into the cache
         cross_size = n_cross and (self.cross_attention_seq_length or round_up(n_cross, CROSS_BUCKET))
         if n_cross > cross_size:
-            name = "--cross_attention_seq_length"
-            raise ValueError(f"the images have {n_cross} visual tokens, the cache ({name}) holds {cross_size}")
+            raise ValueError(f"the images have {n_cross} visual tokens, --cross_attention_seq_length is {cross_size}")
         n_slots, n_now = min(len(prompt) + n_new - 1 + speculate_k, limit), self.cached.n_slots
         if n_slots > n_now:  # doubled, so that a growing conversation seldom has to be prefilled again
-            n_slots = self.max_cache_size or max(round_up(n_slots, CACHE_BUCKET), 2 * n_now)
+            n_slots = self.max_cache_size or max(round_up(n_slots, CACHE_BUCKET), 2 * n_now, gpu.first_size(self.model))
         if n_slots > n_now or n_cross > self.model.n_cross:
             self.model.setup_caches(max(n_slots, n_now), max(cross_size, self.model.n_cross))
+            gpu.report_caches(self.model, log)
         return n_new
 
     def forget(self) -> None:
@@ -133,11 +133,11 @@ class Draft(NamedTuple):
 
     def prefill(self, tokens: list[int], images: list[Image.Image], target: Engine, n_new: int) -> dict:
         """Fill the draft's cache; what --json says of it."""
-        start = now(self.engine.device)
+        start = gpu.now(self.engine.device)
         prompt = self.translate(tokens, images, target.model.args.image_token_id)
         self.engine.reserve(prompt, n_new, self.speculate_k)
         self.engine.prefill(prompt)
-        seconds = now(self.engine.device) - start
+        seconds = gpu.now(self.engine.device) - start
         return {"draft_n_visual_tokens": n_visual(prompt), "draft_time_to_first_token_s": seconds}
 
 
@@ -174,8 +174,11 @@ def decode(engine: Engine, pending: list[int], n: int, n_tokens: int, sampling: 
 
     Returns the ids [n] and, if they were sampled, the probabilities [n, n_tokens] of each draw; else [0, n_tokens].
     """
-    tokens = torch.tensor(pending, device=engine.device)
     generated, drawn_from = [], [torch.empty(0, n_tokens, device=engine.device)]
+    if engine.greedy and sampling.temperature == 0:
+        first = engine.cached.write(len(pending) + n - 1)
+        return engine.greedy.decode(pending, first, n, n_tokens), drawn_from[0]
+    tokens = torch.tensor(pending, device=engine.device)
     for _ in range(n):
         length, first = engine.cache_length(len(tokens)), engine.cached.write(len(tokens))
         input_pos = torch.arange(first, first + len(tokens), device=engine.device)
@@ -190,9 +193,8 @@ def decode(engine: Engine, pending: list[int], n: int, n_tokens: int, sampling: 
     return torch.cat(generated), torch.cat(drawn_from)
 
 
-def verify(engine: Engine, last: int, proposed: Tensor, n_tokens: int, sampling: Sampling) -> Tensor:
-    """The target's probabilities [k + 1, n_tokens] after the last id and after each of the proposed ids [k]."""
-    tokens = torch.cat((torch.tensor([last], device=engine.device), proposed))
+def verify(engine: Engine, tokens: Tensor, n_tokens: int, sampling: Sampling) -> Tensor:
+    """The target's probabilities [k + 1, n_tokens] after the last id and after each of the proposed: tokens [k + 1]."""
     length, first = engine.cache_length(len(tokens)), engine.cached.write(len(tokens))
     input_pos = torch.arange(first, first + len(tokens), device=engine.device)
     return probabilities(engine.model(tokens, input_pos, length), n_tokens, sampling)
@@ -224,39 +226,20 @@ def speculate(engine: Engine, draft: Engine, ids: list[int], k: int, sampling: S
     """The draft proposes k ids, the target verifies them in one forward pass. ids are all that was generated."""
     n_tokens = engine.model.args.n_tokens
     n_common = min(n_tokens, draft.model.args.n_tokens)
-    start = mark(draft.device)
+    last = torch.tensor(ids[-1:], device=engine.device)  # now: a copy from the host waits for what a GPU has to do
+    start = gpu.mark(draft.device)
     proposed, q = decode(draft, draft.cached.pending(ids), k, n_common, sampling)
-    middle = mark(draft.device), mark(engine.device)
+    middle = gpu.mark(draft.device), gpu.mark(engine.device)
     proposed = engine.ranks.broadcast(proposed.to(engine.device))
-    p = verify(engine, ids[-1], proposed, n_tokens, sampling)
+    p = verify(engine, torch.cat((last, proposed)), n_tokens, sampling)
     if sampling.temperature == 0:
         q = F.one_hot(proposed, n_tokens).float()
     else:
         q = F.pad(q.to(engine.device), (0, n_tokens - n_common))
     tokens, n = accept(proposed, q, p)
-    end = mark(engine.device)
+    end = gpu.mark(engine.device)
     *accepted, n_accepted = engine.ranks.broadcast(torch.cat((tokens, n))).tolist()
     return Speculated(accepted[: n_accepted + 1], n_accepted, (start, *middle, end))
-
-
-def mark(device: torch.device) -> Any:
-    """A point of time on a device, without waiting for the device."""
-    if device.type == "cpu":
-        return time.perf_counter()
-    event = torch.Event(device, enable_timing=True)
-    event.record()
-    return event
-
-
-def seconds_between(start: Any, end: Any) -> float:
-    return end - start if isinstance(start, float) else start.elapsed_time(end) / 1000
-
-
-def now(device: torch.device) -> float:
-    """Seconds, after waiting for the device."""
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
-    return time.perf_counter()
 
 
 def cut_at_stop(tokens: list[int], stop_ids: Collection[int]) -> list[int]:
@@ -296,7 +279,7 @@ def generate(
     sampling, start = sampling or Sampling(), time.perf_counter()
     prompt = engine.build_prompt(tokens, images)
     engine.ranks.check(prompt)
-    encoded = now(engine.device)
+    encoded = gpu.now(engine.device)
     n_new = engine.reserve(prompt, max_new_tokens, draft.speculate_k if draft else 0)
     first = draw(probabilities(engine.prefill(prompt), engine.model.args.n_tokens, sampling))
     ids = engine.ranks.broadcast(first).tolist()
@@ -341,8 +324,8 @@ def report_speculation(steps: list[tuple[int, tuple]], k: int, seconds: float) -
     counts = [0] * (k + 1)
     for n_accepted, _ in steps:
         counts[n_accepted] += 1
-    draft = sum(seconds_between(*marks[:2]) for _, marks in steps)
-    verify = sum(seconds_between(*marks[2:]) for _, marks in steps)
+    draft = sum(gpu.seconds_between(*marks[:2]) for _, marks in steps)
+    verify = sum(gpu.seconds_between(*marks[2:]) for _, marks in steps)
     return {
         "mean_accepted": sum(n for n, _ in steps) / max(len(steps), 1),
         "accept_counts": counts,
@@ -371,8 +354,8 @@ def load(
 ) -> tuple[Engine, Tokenizer]:
     """A converted checkpoint and its tokenizer, ready to answer; with a draft, engine.draft is one to pass along.
 
-    pruning: of the draft's visual tokens. optimize: replace layers by the device's own (cpu.py); without, the plain
-    PyTorch modules stay, whose float32 is bit-exact. ranks: the processes that each load a part of the model.
+    pruning: of the draft's visual tokens. optimize: replace layers by the device's own (cpu.py, gpu.py); without, the
+    plain PyTorch modules stay, whose float32 is bit-exact. ranks: the processes that each load a part of the model.
     Raises ValueError, one line, for a device or a file that cannot be used.
     """
     start = time.perf_counter()
@@ -407,24 +390,25 @@ def load_one(
     quantize.load_weights(path, model, encoder, tensors, device, dtype)
     counts = quantize.pack(model, dtype)
     ranks.connect(model)
-    if optimize and torch.device(device).type == "cpu":
+    if optimize:
         for part in filter(None, (model, encoder)):
-            counts |= cpu.prepare(part)
+            counts |= (cpu if torch.device(device).type == "cpu" else gpu).prepare(part)
     nn.ModuleList(filter(None, (model, encoder))).requires_grad_(False).eval()
     served = [quantize.describe(counts, dtype), cpu.describe() if torch.device(device).type == "cpu" else device]
     return Engine(model, encoder, ranks=ranks), tokenizer, f"{path} ({'; '.join(filter(None, served))})"
 
 
 def compile_steps(engine: Engine) -> None:
-    """One graph per number of tokens (1, 2, k + 1); on GPUs replayed as a CUDA graph, one per KV-cache length too.
+    """One graph per number of tokens (1, 2, k + 1), whatever the KV-cache length; on GPUs replayed as a CUDA graph.
 
     A CUDA graph's output is overwritten by its next replay: decode and verify keep nothing but what they make of it.
     """
     torch._dynamo.config.recompile_limit = 64  # of all models together
     torch.compiler.config.dynamic_sources = "L['n_slots']"  # of Transformer.forward: one graph serves all lengths
-    # On GPUs: tuned, products of one row are kernels of Inductor's own (torch/_inductor/decomposition.py says why).
-    options = {"triton.cudagraphs": True, "coordinate_descent_tuning": True}
+    options = None if engine.device.type == "cpu" else gpu.STEP_OPTIONS
     engine.model.compile(options=options, fullgraph=True, dynamic=False)
+    if engine.device.type != "cpu" and type(engine.ranks) is OneProcess:  # ranks have to agree on each token
+        engine.greedy = gpu.GreedyDecoder(engine.model)
 
 
 def compile_layers(engine: Engine) -> None:

@@ -8,7 +8,7 @@ V vocabulary size, N visual tokens, C slots of the cross-attention caches. There
 
 import math
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -118,8 +118,9 @@ class Step(NamedTuple):
     cos: Tensor  # [S, d] float32
     sin: Tensor  # [S, d] float32
     input_pos: Tensor  # [S] the cache slot of each token
-    mask: Tensor | None  # [S, T or fewer] the slots a token attends to; None: causally to the tokens of this call
-    cross_mask: Tensor  # [S, C or fewer] the cross-attention slots a token attends to; [S, 0]: there are no images
+    mask: Any  # [S, T or fewer], for Attend: the slots a token attends to; None: causally to the tokens of this call
+    cross_mask: Any  # [S, C or fewer], likewise: cross-attention slots
+    sees_image: Tensor | None  # [S, 1] bool: whether a token attends to any of these; None: there are no images
 
 
 def inverse_frequencies(args: ModelArgs, device: torch.device) -> Tensor:
@@ -167,10 +168,18 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
 
 
 class Attend(nn.Module):
-    """The attention kernel, a submodule so that a device's own can take its place (cpu.py)."""
+    """The attention kernel, a submodule so that a device's own can take its place (cpu.py, gpu.py)."""
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         return attend(q, k, v, mask)
+
+
+class StepMasks(nn.Module):
+    """The masks of tokens that follow a prompt, as Attend takes them; a submodule for the same reason."""
+
+    def forward(self, slots: Tensor, input_pos: Tensor, cross_row: Tensor, n_slots: int | None) -> tuple[Any, Any]:
+        """[S, n_slots] and [S, C] bool: a token in the slot input_pos [S] attends to the slots [T] up to its own."""
+        return slots[:n_slots] <= input_pos[:, None], cross_row.expand(len(input_pos), -1)
 
 
 class CachedAttention(nn.Module):
@@ -195,12 +204,12 @@ class Attention(CachedAttention):
 
     def forward(self, x: Tensor, step: Step) -> Tensor:
         heads = self.wqkv(x).unflatten(-1, (-1, self.head_dim)).transpose(0, 1)  # [H + 2G, S, d]
-        rotated = rotate(heads[: -self.n_kv_head], step.cos, step.sin)
-        q, k, v = rotated[: self.n_head], rotated[self.n_head :], heads[-self.n_kv_head :]
+        q, k, v = heads.split((self.n_head, self.n_kv_head, self.n_kv_head))
+        q, k = rotate(q, step.cos, step.sin), rotate(k, step.cos, step.sin)
         self.k_cache[:, step.input_pos] = k
         self.v_cache[:, step.input_pos] = v
         if step.mask is not None:
-            k, v = (cache[:, : step.mask.shape[1]] for cache in (self.k_cache, self.v_cache))
+            k, v = (cache[:, : step.mask.shape[-1]] for cache in (self.k_cache, self.v_cache))
         return self.wo(self.attend(q, k, v, step.mask))
 
 
@@ -222,7 +231,7 @@ class CrossAttention(CachedAttention):
 
     def forward(self, x: Tensor, step: Step) -> Tensor:
         q = self.q_norm(self.wq(x).unflatten(-1, (-1, self.head_dim))).transpose(0, 1)  # [H, S, d]
-        n = step.cross_mask.shape[1]
+        n = step.cross_mask.shape[-1]
         return self.wo(self.attend(q, self.k_cache[:, :n], self.v_cache[:, :n], step.cross_mask))
 
 
@@ -262,12 +271,12 @@ class CrossBlock(Block):
         self.gates = nn.Parameter(torch.zeros(2))  # tanh of them scales what attention and MLP add
 
     def forward(self, x: Tensor, step: Step) -> Tensor:
-        if step.cross_mask.shape[1] == 0:
+        if step.sees_image is None:
             return x
         attention_gate, ffn_gate = self.gates.tanh()
         y = x + attention_gate * self.attention(self.attention_norm(x), step)
         y = y + ffn_gate * self.feed_forward(self.ffn_norm(y))
-        return torch.where(step.cross_mask.any(dim=1, keepdim=True), y, x)  # y may be NaN where the mask is all false
+        return torch.where(step.sees_image, y, x)  # y may be NaN where the mask is all false
 
 
 class Transformer(nn.Module):
@@ -282,6 +291,7 @@ class Transformer(nn.Module):
         self.layers = nn.ModuleList(block(args) for block in blocks)
         self.norm = nn.RMSNorm(args.dim, args.norm_eps)
         self.output = nn.Linear(args.dim, args.vocab_size, bias=False)
+        self.step_masks = StepMasks()
         self.cached, self.n_cross = CachedTokens(0), 0
 
     def setup_caches(self, n_slots: int, n_cross: int = 0) -> None:
@@ -314,8 +324,9 @@ class Transformer(nn.Module):
         n_slots: the KV-cache length to read, at least all slots in use. None: all of the cache.
         """
         rope_pos = (input_pos + self.rope_delta)[:, None].expand(-1, 3)
-        cross_mask = self.cross_row.expand(len(tokens), -1)
-        step = Step(*self.angles(rope_pos), input_pos, self.slots[:n_slots] <= input_pos[:, None], cross_mask)
+        sees_image = self.cross_row.any(dim=0, keepdim=True).expand(len(tokens), 1) if self.n_cross else None
+        masks = self.step_masks(self.slots, input_pos, self.cross_row, n_slots)
+        step = Step(*self.angles(rope_pos), input_pos, masks[0], masks[1], sees_image)
         return self.run_layers(self.embedding(tokens), step)
 
     def prefill(self, prompt: Prompt) -> Tensor:
@@ -330,7 +341,8 @@ class Transformer(nn.Module):
             for module in self.modules():
                 if isinstance(module, CrossAttention):
                     module.cache_images(prompt.visual.to(x.dtype))
-        step = Step(*self.angles(prompt.rope_pos), self.slots[: len(prompt)], None, prompt.cross_mask)
+        sees_image = prompt.cross_mask.any(dim=1, keepdim=True) if prompt.cross_mask.shape[1] else None
+        step = Step(*self.angles(prompt.rope_pos), self.slots[: len(prompt)], None, prompt.cross_mask, sees_image)
         return self.run_layers(x, step, last_only=True)
 
     def run_layers(self, x: Tensor, step: Step, last_only: bool = False) -> Tensor:

@@ -43,6 +43,7 @@ REFITS = 2
 BLOCK = 2**20  # weights that are worked on at a time
 INT8_ROWS = 32  # CUDA's int8 product takes more than 16 rows, in steps of 8
 FP8_ROWS = 16
+FUSED_TOKENS = 8  # more of them would take longer to multiply than the weights to read
 
 
 def by_rows(change: Callable[..., tuple], *tensors: Tensor) -> list[Tensor]:
@@ -335,7 +336,7 @@ class Int8Pack(TorchLinear):
 
 
 class Int8Cuda(TorchLinear):
-    """The tensor cores' product of 8-bit integers, with 16-bit activations; for a token under compile one fused sum."""
+    """The tensor cores' product of 8-bit integers, with 16-bit activations; compiled for few tokens fused_product."""
 
     def __init__(self, layer: QuantizedLinear, dtype: torch.dtype):
         super().__init__()
@@ -344,12 +345,18 @@ class Int8Cuda(TorchLinear):
         self.try_once(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        if len(x) == 1 and torch.compiler.is_compiling():
-            return add_bias((self.weight.float() * x.float()).sum(-1) * self.scale, self.bias, x.dtype)[None]
+        if len(x) <= FUSED_TOKENS and torch.compiler.is_compiling():
+            return fused_product(x, self.weight, self.scale, self.bias)
         rows, step = split_int8(x)
         product = torch._int_mm(pad_rows(rows, INT8_ROWS), self.weight.t())[: len(rows)].float()
         high, low = product.chunk(2)
         return add_bias((high * 256 + low) * step * self.scale, self.bias, x.dtype)
+
+
+def fused_product(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    """[S, N] for Inductor: the sums of all tokens, over the same weights, become one kernel that reads these once."""
+    sums = ((weight.float() * row.float()).sum(-1) for row in x)
+    return torch.stack([add_bias(each * scale, bias, x.dtype) for each in sums])
 
 
 def pad_rows(rows: Tensor, multiple: int) -> Tensor:
@@ -398,7 +405,8 @@ class Int4Cuda(Int4):
 class Fp8Cuda(TorchLinear):
     """The tensor cores' product of fp8 numbers (compute capability 8.9 or more).
 
-    An activation is the sum of two of them: four significant bits each, together as many as bfloat16's.
+    An activation is the sum of two of them: four significant bits each, together as many as bfloat16's. Under compile
+    fused_product, of few tokens.
     """
 
     def __init__(self, layer: QuantizedLinear, dtype: torch.dtype):
@@ -409,6 +417,8 @@ class Fp8Cuda(TorchLinear):
         self.try_once(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
+        if len(x) <= FUSED_TOKENS and torch.compiler.is_compiling():
+            return fused_product(x, self.weight, self.scale, self.bias)
         step = x.float().abs().amax(-1, keepdim=True).clamp(min=1e-30) / LARGEST["fp8"]
         whole = x.float() / step
         high = whole.to(self.weight.dtype).float()

@@ -54,7 +54,7 @@ class VisionBlock(nn.Module):
         self.gates = nn.Parameter(torch.zeros(2)) if gated else None
 
     def forward(self, x: Tensor, mask: Tensor | None = None, rope: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        """mask [B, 1, 1 or L, L] bool: which patches are attended to; rope: rope_table [B, 1, L, E / n_head]."""
+        """mask [B, 1, 1 or L, L]: the patches attended to, bool or 0 / -inf; rope: rope_table [B, 1, L, E / n_head]."""
         q, k, v = self.wqkv(self.norm1(x)).unflatten(-1, (3, self.n_head, -1)).permute(2, 0, 3, 1, 4)
         if rope is not None:
             q, k = rotate(q, *rope), rotate(k, *rope)
@@ -332,7 +332,7 @@ class LlamaEncoder(Encoder):
         x = F.pad(self.norm_pre(x), (0, 0, 0, -n_places % 8))  # [max_tiles, L / max_tiles, E]
         used = torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device)
         used[:n_tiles, :n_places] = True
-        mask = used.view(-1, 1) | used.view(-1)  # [L, L]
+        mask = torch.where(used.view(-1, 1) | used.view(-1), 0.0, -torch.inf).to(x.dtype)  # [L, L], added once
         kept = []
         for i, block in enumerate(self.blocks):
             if i in self.keep:

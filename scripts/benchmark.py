@@ -12,7 +12,8 @@ are, is so for all of them; what is given are medians over --repeat rounds, and 
 - bandwidth: a large read (the sum of 512 MiB of float32) and a copy of as much (bytes read plus bytes written).
 - encoder_s: preprocessing and encoder of one synthetic picture. prefill_s: the prompt, picture included, to the first
   token's logits. time_to_first_token_s: both.
-- step_s: one token, waited for, with the prompt in the cache; a round's value is the mean of 4. gb_s: the weights a
+- step_s: one token, waited for, with the prompt in the cache; a round's value is the mean of 4; on a GPU each of these
+  is the mean of 20 that are enqueued one after the other, between two events. gb_s: the weights a
   step reads (no embedding table, no caches) by its time; read_share: that by the same round's read bandwidth.
 - verify_steps: a step of speculate_k + 1 tokens, as a multiple of a step.
 - load_s: making the weights up, in place. quantize_s: rounding them. compile_s: the first step of each kind. n_graphs:
@@ -44,7 +45,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 import cpu
-from generate import Engine, compile_layers, compile_steps, generate, now, weight_bytes
+import gpu
+from generate import Engine, compile_layers, compile_steps, generate, weight_bytes
+from gpu import mark, now, seconds_between
 from model import ModelArgs, Transformer
 from quantize import GROUP_SIZES, MODES, quantize_in_place
 from scripts.peers import LlamaCpp, Transformers, seconds_of
@@ -53,6 +56,7 @@ from vision import build_encoder
 
 READ_BYTES = 2**29
 STEPS = 4  # in a round
+REPLAYS = 20  # of a GPU's step, each of these times
 LLAMA_CPP = {None: "bf16", "int8": "q8_0", "int4": "q4_0"}
 
 
@@ -109,7 +113,8 @@ class Ours:
         engine.max_cache_size = flags.max_cache_size
         self.encode()
         # Room for the prompt, a step that can be repeated at will, and draft tokens.
-        engine.reserve(self.prompt, flags.speculate_k + 1, flags.speculate_k)
+        room = 0 if self.device.type == "cpu" else REPLAYS
+        engine.reserve(self.prompt, flags.speculate_k + 1 + room, flags.speculate_k)
         self.prefill()
         self.slots = torch.arange(len(self.prompt), len(self.prompt) + flags.speculate_k + 1, device=self.device)
         self.ids = torch.ones_like(self.slots)
@@ -125,14 +130,30 @@ class Ours:
         return seconds_of(lambda: self.engine.prefill(self.prompt), self.device)
 
     def step(self) -> float:
-        return self.forward(1)
+        if not self.engine.greedy:
+            return self.forward(1)
+        decode, n_tokens = self.engine.greedy.decode, self.engine.model.args.n_tokens
+        return mean_seconds(lambda: decode([1], len(self.prompt), REPLAYS, n_tokens), 1, self.device) / REPLAYS
 
     def verify(self) -> float:
         return self.forward(self.n_proposed + 1)
 
     def forward(self, n: int) -> float:
-        length = self.engine.cache_length(n)
-        return seconds_of(lambda: self.engine.model(self.ids[:n], self.slots[:n], length), self.device)
+        length, ids, slots = self.engine.cache_length(n), self.ids[:n], self.slots[:n]
+        return mean_seconds(lambda: self.engine.model(ids, slots, length), REPLAYS, self.device)
+
+
+def mean_seconds(run: Callable[[], object], times: int, device: torch.device) -> float:
+    """Of run(): once on a CPU; on a GPU between two events, as often as given, so that the host runs ahead."""
+    if device.type == "cpu":
+        return seconds_of(run, device)
+    run()
+    start = mark(device)
+    for _ in range(times):
+        run()
+    end = mark(device)
+    now(device)
+    return seconds_between(start, end) / times
 
 
 def in_turn(contestants: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
@@ -161,9 +182,9 @@ def build(name: str, flags: argparse.Namespace, n_layer: int | None) -> tuple[En
         search = {"shrinks": (1.0,), "refits": 0} if flags.quantize == "int4" else {}  # noise has no better rounding
         counts = quantize_in_place(engine.model, flags.quantize, flags.groupsize, dtype, **search)
         seconds["quantize_s"] = now(device) - start
+    for part in filter(None, (engine.model, engine.encoder)):
+        counts |= (cpu if device.type == "cpu" else gpu).prepare(part)
     if device.type == "cpu":
-        for part in filter(None, (engine.model, engine.encoder)):
-            counts |= cpu.prepare(part)
         counts["cpu"] = cpu.describe()
     if flags.compile:
         compile_steps(engine)
@@ -256,6 +277,10 @@ def measure(flags: argparse.Namespace) -> dict:
         peer, peers = build_peers(args, ours, flags)
         contestants |= peers
     seconds = in_turn(contestants, flags.repeat)
+    if flags.profile:
+        with torch.profiler.profile() as profiler:
+            ours.step(), ours.verify()
+        profiler.export_chrome_trace(str(flags.profile))
     median = {name: statistics.median(values) for name, values in seconds.items()}
     read, copy = READ_BYTES / median.pop("read_s") / 1e9, 2 * READ_BYTES / median.pop("copy_s") / 1e9
     gigabytes = weight_bytes(engine.model) / 1e9
@@ -289,7 +314,8 @@ def run(flags: argparse.Namespace) -> dict:
             raise ValueError(f"no model {name}; there are: {', '.join(sorted(MODELS))}")
     if (flags.draft is None) != (flags.accept is None):
         raise ValueError("--draft and --accept belong together")
-    settings = {name: value for name, value in vars(flags).items() if name != "out" and value not in (None, False)}
+    files = ("out", "profile")
+    settings = {name: value for name, value in vars(flags).items() if name not in files and value not in (None, False)}
     usual = vars(parse_args(["--model", flags.model]))
     given = {name: value for name, value in settings.items() if name == "model" or value != usual[name]}
     words = (f"--{name}" if value is True else f"--{name} {value}" for name, value in given.items())
@@ -325,6 +351,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--n_prompts", type=number(int, 0), default=0, help="that many more; counts recompiles")
     parser.add_argument("--repeat", type=number(int, 1), default=7, help="rounds")
     parser.add_argument("--compare", choices=["transformers", "llama.cpp"], help="the same shapes in another program")
+    parser.add_argument("--profile", type=Path, help="write a Chrome trace of a step and a verification to this file")
     parser.add_argument("--out", type=Path, help="append the result to this file, a JSON line")
     return parser.parse_args(argv)
 

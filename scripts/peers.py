@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from generate import now
+from gpu import now
 from model import ModelArgs
 
 

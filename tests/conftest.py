@@ -11,10 +11,19 @@ import torch
 from PIL import Image
 
 from scripts.convert_hf_checkpoint import convert
+from tests.helpers import device
 from tests.helpers.checkpoints import MAKERS, Pair
 from tests.helpers.pictures import draw
 
 torch.set_num_threads(1)  # the models are too small to share
+
+
+def pytest_addoption(parser):
+    parser.addoption("--device", default="cpu", help="where models run that are compared with transformers on the CPU")
+
+
+def pytest_configure(config):
+    device.name = config.getoption("--device")
 
 
 @pytest.fixture(scope="session")

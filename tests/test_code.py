@@ -23,11 +23,12 @@ ALLOWED = {
     "cli": {"vision"},
     "checkpoint": {"model"},
     "cpu": {"model"},
+    "gpu": {"model"},
     "quantize": {"checkpoint", "cli", "cpu", "model"},
     "tp": {"checkpoint", "model", "quantize"},
-    "generate": {"checkpoint", "cli", "cpu", "images", "model", "quantize", "tokenizer", "tp", "vision"},
+    "generate": {"checkpoint", "cli", "cpu", "gpu", "images", "model", "quantize", "tokenizer", "tp", "vision"},
     "chat": {"cli", "generate", "images", "tokenizer", "tp"},
-    "evaluate": {"cli", "generate", "images", "model", "tokenizer", "tp", "vision"},
+    "evaluate": {"cli", "generate", "gpu", "images", "model", "tokenizer", "tp", "vision"},
 }
 LAZY = {"generate": {"chat"}}
 RUNTIME = {"torch", "PIL", "sentencepiece"}

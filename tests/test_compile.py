@@ -9,6 +9,7 @@ import torch
 import generate
 from cpu import prepare
 from quantize import quantize_in_place
+from tests.helpers import device
 from tests.helpers.pictures import draw
 from vision import Pruning
 
@@ -24,7 +25,7 @@ def load_pair(pair, family: str, modes=(None, None), compiled=False, prefill=Fal
     torch._dynamo.reset()
     paths = [pair(name).path for name in family]
     options = {"draft": paths[1], "pruning": Pruning("structured", 0.5), "optimize": False}  # layers to be quantized
-    engine, tokenizer = generate.load(paths[0], device="cpu", dtype=torch.float32, **options)
+    engine, tokenizer = generate.load(paths[0], device=device.name, dtype=torch.float32, **options)
     draft = engine.draft.engine
     for each, mode in zip((engine, draft), modes):
         if mode:

@@ -7,6 +7,7 @@ from PIL import Image
 
 from generate import generate, load
 from images import load_image
+from tests.helpers import device
 from tests.helpers.pictures import KINDS, draw, reference_picture
 from tests.helpers.reference import NEAR_TIE, agree_up_to_near_tie, greedy, in_bfloat16
 from vision import build_prompt
@@ -29,8 +30,8 @@ def test_text(pair, family):
     assert ours["token_ids"] == greedy(pair.reference, 24, torch.tensor([tokens]))
     assert len(set(ours["token_ids"])) > 8, "the text must vary, or equality proves little"
     pair.model.setup_caches(64)
-    logits = pair.model(torch.tensor(tokens), torch.arange(len(tokens)))
-    torch.testing.assert_close(logits, pair.reference(torch.tensor([tokens])).logits[0], atol=1e-4, rtol=0)
+    logits = pair.model(torch.tensor(tokens, device=device.name), torch.arange(len(tokens), device=device.name))
+    device.assert_close(logits, pair.reference(torch.tensor([tokens])).logits[0])
 
 
 @torch.inference_mode()
@@ -43,15 +44,15 @@ def test_long_text_and_rope_scaling(pair):
     assert len(set(ours["token_ids"])) > 8
     pair.model.setup_caches(300)
     expected = pair.reference(torch.tensor([tokens])).logits[0]
-    logits = pair.model(torch.tensor(tokens), torch.arange(300))
-    torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
+    logits = pair.model(torch.tensor(tokens, device=device.name), torch.arange(300, device=device.name))
+    device.assert_close(logits, expected)
     scaling = pair.model.args.rope_scaling
     factor = scaling["factor"]
     assert factor == 8
     try:
         scaling["factor"] = 32
         pair.model.setup_caches(300)
-        other = pair.model(torch.tensor(tokens), torch.arange(300))
+        other = pair.model(torch.tensor(tokens, device=device.name), torch.arange(300, device=device.name))
     finally:
         scaling["factor"] = factor
         pair.model.setup_caches(300)
@@ -63,7 +64,7 @@ def test_long_text_and_rope_scaling(pair):
 def test_text_in_bfloat16(pair, family):
     """The same text up to near-ties, and logits no further from those in float32 than the reference's own are."""
     pair = pair(family)
-    engine, _ = load(pair.path, device="cpu", dtype=torch.bfloat16)
+    engine, _ = load(pair.path, device=device.name, dtype=torch.bfloat16)
     reference = in_bfloat16(pair.reference)
     agreed = 0
     for text in ("How many circles are there? 12 or 7.", "The lazy dog", "It doesn't lie.", "Three says the fox: 7"):
@@ -74,7 +75,8 @@ def test_text_in_bfloat16(pair, family):
     tokens = pair.tokenizer.encode("How many circles are there? 12 or 7, says the quick brown dog. " * 2)
     exact = pair.reference(torch.tensor([tokens])).logits[0]
     theirs = reference(torch.tensor([tokens])).logits[0]
-    ours = engine.model(torch.tensor(tokens), torch.arange(len(tokens)))
+    ours = engine.model(torch.tensor(tokens, device=device.name), torch.arange(len(tokens), device=device.name))
+    ours = ours.cpu()
     assert (ours - exact).square().mean().sqrt() < 1.2 * (theirs - exact).square().mean().sqrt()
 
 
@@ -83,7 +85,7 @@ def test_text_in_bfloat16(pair, family):
 def test_image_in_bfloat16(pair, pictures, family):
     """Given our answers, the reference would choose the same token at every place, but for near-ties."""
     pair = pair(family)
-    engine, _ = load(pair.path, device="cpu", dtype=torch.bfloat16)
+    engine, _ = load(pair.path, device=device.name, dtype=torch.bfloat16)
     reference, image = in_bfloat16(pair.reference), pair.model.args.image_token_id
     equal = 0
     for kind in ("wide", "tall", "exif"):
@@ -130,7 +132,7 @@ def check(pair, paths) -> None:
     tokens += [image] * (len(images) - 1) + pair.tokenizer.encode("What is it?")
     prompt = build_prompt(tokens, images, pair.encoder, image)
     rows = pair.reference.model.visual(inputs["pixel_values"], inputs["image_grid_thw"]).pooler_output
-    torch.testing.assert_close(prompt.visual, rows, atol=1e-4, rtol=0)
+    device.assert_close(prompt.visual, rows)
 
     ids = prompt.tokens[None]
     inputs |= {"input_ids": ids, "mm_token_type_ids": (ids == image).int()}
@@ -140,7 +142,7 @@ def check(pair, paths) -> None:
     pair.engine.reserve(prompt, 24)
     logits = pair.model.prefill(prompt)
     assert pair.model.rope_delta == delta
-    torch.testing.assert_close(logits, pair.reference(**inputs).logits[0, -1:], atol=1e-4, rtol=0)
+    device.assert_close(logits, pair.reference(**inputs).logits[0, -1:])
     ours = generate(pair.engine, tokens, images, 24)
     assert ours["token_ids"] == greedy(pair.reference, 24, **inputs)
     assert len(set(ours["token_ids"])) > 8

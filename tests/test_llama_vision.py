@@ -18,7 +18,7 @@ from transformers.models.mllama.processing_mllama import (
 import generate
 from images import load_image
 from scripts.convert_hf_checkpoint import MLLAMA_GRIDS, convert, mllama
-from tests.helpers import hub
+from tests.helpers import device, hub
 from tests.helpers.checkpoints import Pair
 from tests.helpers.pictures import KINDS, draw, reference_picture
 from tests.helpers.reference import greedy
@@ -87,15 +87,15 @@ def check(pair, paths, tokens: list[int]) -> None:
         ours = pair.encoder.preprocess(image)[0]
         torch.testing.assert_close(ours, patches(pixels)[: len(ours)], atol=1e-5, rtol=0)
 
-    prompt = build_prompt(tokens, images, pair.encoder, image_id)
+    prompt = build_prompt(tokens, images, pair.encoder, image_id, device.name)
     assert prompt.tokens.tolist() == tokens, "an image takes one token"
-    assert torch.equal(prompt.rope_pos, torch.arange(len(tokens))[:, None].expand(-1, 3))
-    torch.testing.assert_close(prompt.visual, reference_rows(pair, inputs), atol=1e-4, rtol=0)
+    assert torch.equal(prompt.rope_pos.cpu(), torch.arange(len(tokens))[:, None].expand(-1, 3))
+    device.assert_close(prompt.visual, reference_rows(pair, inputs))
 
     pair.engine.reserve(prompt, 24)
     logits = pair.model.prefill(prompt)
     expected = pair.reference(**inputs).logits[0]
-    torch.testing.assert_close(logits, expected[-1:], atol=1e-4, rtol=0)
+    device.assert_close(logits, expected[-1:])
     ours = generate.generate(pair.engine, tokens, images, 24)
     assert ours["token_ids"] == greedy(pair.reference, 24, **inputs)
     assert len(set(ours["token_ids"])) > 8, "the text must vary, or equality proves little"
@@ -149,14 +149,15 @@ def test_text_only(vlm):
     """Skipped layers: before the cross-attention caches exist, and after they held an image."""
     tokens = compose(vlm, "How many circles are there? 12 or 7.")
     expected = greedy(vlm.reference, 24, torch.tensor([tokens]))
-    fresh, _ = generate.load(vlm.path, device="cpu", dtype=torch.float32)
+    fresh, _ = generate.load(vlm.path, device=device.name, dtype=torch.float32)
     assert generate.generate(fresh, tokens, [], 24)["token_ids"] == expected
     assert fresh.model.n_cross == 0 and len(set(expected)) > 8
     generate.generate(fresh, compose(vlm, 1, "What?"), [draw(300, 200)], 4)
     assert fresh.model.n_cross > 0
     assert generate.generate(fresh, tokens, [], 24)["token_ids"] == expected
-    logits = fresh.model(torch.tensor(tokens), torch.arange(len(tokens)))
-    torch.testing.assert_close(logits, vlm.reference(torch.tensor([tokens])).logits[0], atol=1e-4, rtol=0)
+    inputs = torch.tensor(tokens), torch.arange(len(tokens))
+    logits = fresh.model(*(t.to(device.name) for t in inputs))
+    device.assert_close(logits, vlm.reference(torch.tensor([tokens])).logits[0])
 
 
 @torch.inference_mode()
@@ -184,7 +185,7 @@ def test_images_come_into_a_conversation(pair):
         messages.append({"role": "user", "content": content})
         tokens = pair.tokenizer.encode_chat(messages, date_string="1 May 2025")
         continued = generate.generate(pair.engine, tokens, images, 6, pair.tokenizer.stop_ids)
-        fresh, _ = generate.load(pair.path, device="cpu", dtype=torch.float32)
+        fresh, _ = generate.load(pair.path, device=device.name, dtype=torch.float32)
         assert (
             continued["token_ids"] == generate.generate(fresh, tokens, images, 6, pair.tokenizer.stop_ids)["token_ids"]
         )
@@ -294,7 +295,7 @@ def test_other_encoders_are_refused(pair, name, value):
 
 def test_size_of_the_cross_cache(pair, monkeypatch):
     """By the flag, or by need; more rows than the flag allows are a mistake of the user's."""
-    engine, _ = generate.load(pair(FAMILY).path, device="cpu", dtype=torch.float32)
+    engine, _ = generate.load(pair(FAMILY).path, device=device.name, dtype=torch.float32)
     tokens = compose(pair(FAMILY), 1, "What?")
     images = [draw(200, 200)]  # four tiles of 17 rows
     engine.cross_attention_seq_length = 67
@@ -319,7 +320,7 @@ def test_one_graph_serves_every_step(pair):
         graphs.append(graph)
         return graph
 
-    engine, _ = generate.load(pair.path, device="cpu", dtype=torch.float32)
+    engine, _ = generate.load(pair.path, device=device.name, dtype=torch.float32)
     engine.cross_attention_seq_length = 100
     generate.generate(engine, compose(pair, 1, "What?"), [draw(100, 100)], 2)
     engine.model.compile(backend=count, fullgraph=True, dynamic=False)
@@ -337,7 +338,7 @@ def test_draft_that_looks_at_fewer_rows(pair):
     pair = pair(FAMILY)
     tokens, images = compose(pair, "Look: ", 2, "What?"), [draw(200, 200), draw(40, 40)]
     plain = generate.generate(pair.engine, tokens, images, 16)
-    engine, _ = generate.load(pair.path, draft=pair.path, device="cpu", dtype=torch.float32)
+    engine, _ = generate.load(pair.path, draft=pair.path, device=device.name, dtype=torch.float32)
     for ratio, rows in ((0.0, 68 + 17), (0.5, 34 + 9), (0.99, 2)):
         draft = engine.draft._replace(pruning=Pruning("random", ratio))
         engine.forget()
@@ -353,7 +354,7 @@ def test_bfloat16(tmp_path):
     folder, reference = hub.make_llama_vision(tmp_path / "hub", dtype=torch.bfloat16)
     convert(folder)
     pair = Pair(folder, reference)
-    pair.engine, _ = generate.load(pair.path, device="cpu", dtype=torch.bfloat16)
+    pair.engine, _ = generate.load(pair.path, device=device.name, dtype=torch.bfloat16)
     for i in pair.model.args.cross_attention_layers:
         reference.model.language_model.layers[i].register_forward_hook(pass_unchanged, with_kwargs=True)
     images, tokens = [draw(200, 100)], compose(pair, 1, "What is it?")

@@ -12,7 +12,7 @@ import generate
 from images import load_image
 from scripts import convert_hf_checkpoint
 from scripts.convert_hf_checkpoint import convert, read_pinpoints
-from tests.helpers import hub
+from tests.helpers import device, hub
 from tests.helpers.checkpoints import Pair
 from tests.helpers.pictures import KINDS, draw, reference_picture
 from tests.helpers.reference import greedy
@@ -61,13 +61,13 @@ def check(pair, paths, variety: int = 8) -> None:
     tokens = pair.tokenizer.encode("Look: ") + [image] + pair.tokenizer.encode(" and tell. ")
     tokens += [image] * (len(images) - 1) + pair.tokenizer.encode("What is it?")
     prompt = build_prompt(tokens, images, pair.encoder, image)
-    torch.testing.assert_close(prompt.visual, reference_rows(pair, inputs), atol=1e-4, rtol=0)
+    device.assert_close(prompt.visual, reference_rows(pair, inputs))
 
-    assert torch.equal(prompt.rope_pos, torch.arange(len(prompt))[:, None].expand(-1, 3))
+    assert torch.equal(prompt.rope_pos.cpu(), torch.arange(len(prompt))[:, None].expand(-1, 3))
     inputs |= {"input_ids": prompt.tokens[None], "vision_aspect_ratio": "anyres_max_9"}
     pair.engine.reserve(prompt, 24)
     logits = pair.model.prefill(prompt)
-    torch.testing.assert_close(logits, pair.reference(**inputs).logits[0, -1:], atol=1e-4, rtol=0)
+    device.assert_close(logits, pair.reference(**inputs).logits[0, -1:])
     ours = generate.generate(pair.engine, tokens, images, 24)
     assert ours["token_ids"] == greedy(pair.reference, 24, **inputs)
     assert len(set(ours["token_ids"])) > variety, "the text must vary, or equality proves little"
@@ -100,7 +100,7 @@ def test_real_geometry(pair, pictures):
     encoded = encode_image(pair.encoder, image, {}, alone=True)
     assert len(inputs["pixel_values"][0]) == 13
     assert 729 * 8.5 < len(encoded.features) - 729 < 729 * 9.3
-    torch.testing.assert_close(encoded.features, reference_rows(pair, inputs), atol=1e-4, rtol=0)
+    device.assert_close(encoded.features, reference_rows(pair, inputs))
 
 
 def draw_to(pictures, width: int, height: int):
@@ -124,8 +124,8 @@ def test_many_shapes(pair):
         inputs = reference_inputs(pair, [image])
         check_pixels(pair, [image], inputs["pixel_values"])
         pixels, grid = pair.encoder.preprocess(image)
-        rows, expected = pair.encoder(pixels, grid), reference_rows(pair, inputs)
-        torch.testing.assert_close(rows, expected, atol=1e-4, rtol=0, msg=f"{width}x{height}")
+        rows, expected = pair.encoder(pixels.to(device.name), grid), reference_rows(pair, inputs)
+        device.assert_close(rows, expected)
         newlines = (rows == pair.encoder.newline).all(1).nonzero().flatten().tolist()
         assert newlines == list(pair.encoder.newlines(len(rows), grid))
 
@@ -142,7 +142,7 @@ def test_newlines_of_an_image_among_others(pair):
 @torch.inference_mode()
 def test_rows_tell_gelus_and_eps_apart(pair, pictures):
     """The comparisons above would fail with another activation or eps, anywhere."""
-    fresh, _ = generate.load(pair("llava-hf").path, device="cpu", dtype=torch.float32)
+    fresh, _ = generate.load(pair("llava-hf").path, device=device.name, dtype=torch.float32)
     encoder = fresh.encoder
     pixels, grid = encoder.preprocess(load_image(pictures["wide"]))
     rows = encoder(pixels, grid)
@@ -189,7 +189,7 @@ def test_bfloat16(tmp_path, pictures, make):
     folder, reference = make(tmp_path / "hub", tied=False, dtype=torch.bfloat16)
     convert(folder)
     pair = Pair(folder, reference)
-    pair.engine, _ = generate.load(pair.path, device="cpu", dtype=torch.bfloat16)
+    pair.engine, _ = generate.load(pair.path, device=device.name, dtype=torch.bfloat16)
     image = pair.model.args.image_token_id
     equal = 0
     for kind in ("wide", "exif"):

@@ -14,7 +14,7 @@ import generate
 from generate import Draft, Sampling, accept, draw
 from model import CachedTokens
 from scripts.convert_hf_checkpoint import convert
-from tests.helpers import hub
+from tests.helpers import device, hub
 from tests.helpers.pictures import draw as draw_picture
 from vision import Pruning, kept_indices
 
@@ -34,7 +34,7 @@ def with_draft(pair, monkeypatch):
     def get(family: str, draft: str, k: int = 5, pruning: Pruning | None = None):
         target = pair(family)
         name = family if draft == "itself" else draft
-        engine = generate.load(pair(name).path, device="cpu", dtype=torch.float32)[0]
+        engine = generate.load(pair(name).path, device=device.name, dtype=torch.float32)[0]
         monkeypatch.setattr(target.engine, "draft", Draft(engine, pruning, k))
         return target
 
@@ -89,9 +89,9 @@ TRAINED = [path for path in generate.DEFAULT_IMAGE.parent.parent.glob("tiny-*/mo
 @pytest.mark.parametrize("path", TRAINED, ids=[path.parent.name for path in TRAINED])
 def test_greedy_with_a_trained_draft_is_greedy_without(path):
     """The pairs that ship: draft tokens are accepted here in runs of every length, and answers end within them."""
-    engine, tokenizer = generate.load(path, device="cpu", dtype=torch.float32)
+    engine, tokenizer = generate.load(path, device=device.name, dtype=torch.float32)
     draft_path = path.parent.with_name(f"{path.parent.name}-draft") / path.name
-    draft, _ = generate.load(draft_path, device="cpu", dtype=torch.float32)
+    draft, _ = generate.load(draft_path, device=device.name, dtype=torch.float32)
     content = [{"type": "image"}, {"type": "text", "text": "Describe the image."}]
     question = tokenizer.encode_chat([{"role": "user", "content": content}])
     images = [Image.open(generate.DEFAULT_IMAGE.with_name("four-shapes.png"))]

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 import generate
-from tests.helpers import hub
+from tests.helpers import device, hub
 
 LLAMA31 = {"rope_theta": 500000.0, "rope_scaling": hub.SCALING}
 HEAD_DIM = {"head_dim": 24, "rope_theta": 1e6}  # wider than hidden_size / heads; CodeLlama's base
@@ -36,5 +36,5 @@ class Pair:
     def __init__(self, folder: Path, reference: torch.nn.Module):
         self.folder, self.reference = folder, reference
         self.path = folder / "model.pth"
-        self.engine, self.tokenizer = generate.load(self.path, device="cpu", dtype=torch.float32)
+        self.engine, self.tokenizer = generate.load(self.path, device=device.name, dtype=torch.float32)
         self.model, self.encoder = self.engine.model, self.engine.encoder
