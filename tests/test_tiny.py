@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 from cli import DEFAULT_CHECKPOINT, DEFAULT_DRAFT
@@ -11,7 +12,8 @@ from cli import DEFAULT_CHECKPOINT, DEFAULT_DRAFT
 import pytest
 import torch
 
-from generate import DEFAULT_IMAGE, generate, load
+import cpu
+from generate import DEFAULT_IMAGE, Sampling, generate, load, verify
 from quantize import quantize_in_place
 from scripts.tasks.scenes import held_out_questions
 
@@ -25,19 +27,42 @@ OTHERS = {  # of 100 held-out questions, the least number of right answers
 }
 
 
-def ask(engine, tokenizer, text: str, image) -> str:
-    content = [{"type": "image"}, {"type": "text", "text": text}]
-    tokens = tokenizer.encode_chat([{"role": "user", "content": content}])
+def encode(tokenizer, prompt: str) -> list[int]:
+    content = [{"type": "image"}, {"type": "text", "text": prompt}]
+    return tokenizer.encode_chat([{"role": "user", "content": content}])
+
+
+@torch.inference_mode()
+def answers(engine, tokenizer, image, prompt: str, reply: str) -> bool:
+    """Whether the greedy answer is the reply and then stops, found out in two forward passes: prefill and verify."""
+    tokens, n_tokens = tokenizer.encode(reply), engine.model.args.n_tokens
     engine.forget()
-    return tokenizer.decode(generate(engine, tokens, [image], 48, tokenizer.stop_ids)["token_ids"])
+    built = engine.build_prompt(encode(tokenizer, prompt), [image])
+    engine.reserve(built, len(tokens) + 1)
+    first = engine.prefill(built)[:, :n_tokens].argmax().item()
+    rest = verify(engine, torch.tensor(tokens), n_tokens, Sampling()).argmax(-1).tolist()
+    return [first, *rest[:-1]] == tokens and rest[-1] in tokenizer.stop_ids
+
+
+def count_right(engine, tokenizer, n_questions: int) -> int:
+    return sum(answers(engine, tokenizer, s.image, q.prompt, q.reply) for s, q in held_out_questions(n_questions))
+
+
+def test_what_is_counted_is_what_is_generated():
+    engine, tokenizer = load(DEFAULT_DRAFT)
+    for scene, question in held_out_questions(12):
+        engine.forget()
+        tokens = encode(tokenizer, question.prompt)
+        *ids, last = generate(engine, tokens, [scene.image], 64, tokenizer.stop_ids)["token_ids"]
+        ask = partial(answers, engine, tokenizer, scene.image, question.prompt)
+        assert last in tokenizer.stop_ids and ask(tokenizer.decode(ids))
+        assert not ask(tokenizer.decode(ids) + ".") and not ask(tokenizer.decode(ids[:-1]) or "no")
 
 
 @pytest.mark.parametrize("path, least", [(DEFAULT_CHECKPOINT, 0.9), (DEFAULT_DRAFT, 0.5)], ids=["target", "draft"])
 def test_held_out_questions(path, least, capsys):
     """Exact match on scenes that no training has seen, in the default dtype."""
-    engine, tokenizer = load(path)
-    questions = list(held_out_questions(N_QUESTIONS))
-    right = sum(ask(engine, tokenizer, q.prompt, scene.image) == q.reply for scene, q in questions)
+    right = count_right(*load(path), N_QUESTIONS)
     with capsys.disabled():
         print(f"\n{path.parent.name}: {right} of {N_QUESTIONS} held-out questions")
     assert right >= least * N_QUESTIONS
@@ -46,36 +71,24 @@ def test_held_out_questions(path, least, capsys):
 @pytest.mark.parametrize("name, least", OTHERS.items())
 def test_other_families(name, least):
     """Fewer questions: these pairs are here to be measured with, and each has its training.json."""
-    engine, tokenizer = load(ROOT / "checkpoints" / name / "model.pth")
-    questions = list(held_out_questions(100))
-    right = sum(ask(engine, tokenizer, q.prompt, scene.image) == q.reply for scene, q in questions)
-    assert right >= least
+    assert count_right(*load(ROOT / "checkpoints" / name / "model.pth"), 100) >= least
 
 
-@pytest.fixture(scope="module")
-def count_right():
-    """How many held-out questions a model in a format answers right; each is asked once."""
-    known = {}
-
-    def count(path: Path, mode: str | None, group: int = 128) -> int:
-        if (path, mode, group) not in known:
-            engine, tokenizer = load(path, optimize=mode is None)
-            if mode:
-                quantize_in_place(engine.model, mode, group, torch.bfloat16)
-            questions = held_out_questions(N_QUESTIONS)
-            known[path, mode, group] = sum(ask(engine, tokenizer, q.prompt, s.image) == q.reply for s, q in questions)
-        return known[path, mode, group]
-
-    return count
+FORMATS = {("int8", 128): 1, ("fp8", 128): 3, ("int4", 32): 3, ("int4", 128): 3}
 
 
-@pytest.mark.parametrize("mode, group, points", [("int8", 128, 1), ("fp8", 128, 3), ("int4", 32, 3), ("int4", 128, 3)])
-def test_quantized_held_out_questions(count_right, mode, group, points, capsys):
+def test_quantized_held_out_questions(capsys):
     """Small weights cost no more than so many points of the target's accuracy."""
-    found, whole = count_right(DEFAULT_CHECKPOINT, mode, group), count_right(DEFAULT_CHECKPOINT, None)
-    with capsys.disabled():
-        print(f"\n{mode} (groups of {group}): {found} of {N_QUESTIONS} held-out questions, bfloat16: {whole}")
-    assert found >= whole - points / 100 * N_QUESTIONS
+    whole = count_right(*load(DEFAULT_CHECKPOINT), N_QUESTIONS)
+    for (mode, group), points in FORMATS.items():
+        engine, tokenizer = load(DEFAULT_CHECKPOINT, optimize=False)
+        quantize_in_place(engine.model, mode, group, torch.bfloat16)
+        for part in (engine.model, engine.encoder):
+            cpu.prepare(part)
+        found = count_right(engine, tokenizer, N_QUESTIONS)
+        with capsys.disabled():
+            print(f"\n{mode} (groups of {group}): {found} of {N_QUESTIONS} held-out questions, bfloat16: {whole}")
+        assert found >= whole - points / 100 * N_QUESTIONS
 
 
 def test_shipped_files_are_small():
