@@ -22,6 +22,7 @@ import model
 
 BLOCK = 128  # slots that flex_attention reads or skips together
 PARTS = 256  # of the logits, in argmax
+STAGED_BYTES = 2**25  # of a tensor that is uploaded, at a time
 CACHE_SIZE = 32768  # slots, of a longer context: caches that grow would have every step compiled anew
 STEP_OPTIONS = {
     "triton.cudagraphs": True,
@@ -162,6 +163,35 @@ def report_caches(transformer: model.Transformer, log: Callable[[str], None]) ->
     if not caches[0].is_cpu:
         n_bytes = sum(cache.numel() * cache.element_size() for cache in caches)
         log(f"caches for {transformer.cached.n_slots} tokens: {n_bytes / 1e9:.2f} GB (--max_cache_size)")
+
+
+class Upload:
+    """Copies tensors from mapped files to a GPU through two pinned buffers, one being filled while the other is read.
+
+    The driver would copy memory that may be paged out by way of a buffer of its own, and wait for each piece (CUDA C++
+    Best Practices Guide, 10.1).
+    """
+
+    def __init__(self, device: torch.device):
+        self.device, on_gpu = device, device.type != "cpu"
+        self.buffers = [torch.empty(STAGED_BYTES, dtype=torch.uint8, pin_memory=on_gpu) for _ in range(2)]
+        self.ends = [mark(device) for _ in self.buffers]  # of the copies that read them last
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        moved = torch.empty_like(tensor, device=self.device, memory_format=torch.contiguous_format)
+        pieces = zip(as_bytes(tensor.contiguous()).split(STAGED_BYTES), as_bytes(moved).split(STAGED_BYTES))
+        for source, target in pieces:
+            if self.device.type != "cpu":
+                self.ends[0].synchronize()
+            target.copy_(self.buffers[0][: len(source)].copy_(source), non_blocking=True)
+            self.ends[0] = mark(self.device)
+            self.buffers.reverse()
+            self.ends.reverse()
+        return moved
+
+
+def as_bytes(tensor: Tensor) -> Tensor:
+    return tensor.view(-1).view(torch.uint8)
 
 
 def mark(device: torch.device) -> Any:

@@ -20,6 +20,7 @@ import math
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -30,6 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import cpu
+import gpu
 from checkpoint import CONVERT, first_line, load_mapped, read_params, write_checkpoint
 from cpu import UnsupportedByKernel, frozen
 from model import Transformer
@@ -223,7 +225,9 @@ def load_weights(
     All but those of quantized layers are rounded to dtype. Raises ValueError, one line, if they are not the modules'.
     """
     try:
-        state = {name: t.to(device, t.dtype if is_quantized(name, t) else dtype) for name, t in tensors}
+        place = torch.device(device)
+        upload = gpu.Upload(place) if place.type == "cuda" else partial(Tensor.to, device=place)
+        state = {name: upload(t).to(t.dtype if is_quantized(name, t) else dtype) for name, t in tensors}
         expect_quantized(model, state)
         if model.args.tie_embeddings:
             state.setdefault("output.weight", state["embedding.weight"])

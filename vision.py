@@ -26,11 +26,11 @@ GREY = (127, 127, 127)  # SigLIP's mean as a color, rounded as transformers' pro
 ENCODED_BYTES = 2**29  # of image features that are kept from one prompt to the next
 
 
-def to_pixels(image: Image.Image, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
-    """[3, height, width] float32, from 0..255 to zero mean and unit variance."""
-    pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
+def to_pixels(image: Image.Image, mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> Tensor:
+    """[3, height, width] float32, from 0..255 to zero mean and unit variance. Bytes go to the device, not floats."""
+    pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).to(device)
     pixels = pixels.view(image.height, image.width, 3).permute(2, 0, 1) / 255
-    return (pixels - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
+    return (pixels - pixels.new_tensor(mean)[:, None, None]) / pixels.new_tensor(std)[:, None, None]
 
 
 def center(image: Image.Image, size: tuple[int, int], color: str | tuple[int, int, int]) -> Image.Image:
@@ -73,9 +73,13 @@ class Encoder(nn.Module):
     uses_cross_attention = False
     blocks: nn.ModuleList
 
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
     @abstractmethod
     def preprocess(self, image: Image.Image) -> tuple[Tensor, Any]:
-        """pixels, and the grid of patches or tiles that they are."""
+        """pixels, on the encoder's device, and the grid of patches or tiles that they are."""
 
     def preprocess_several(self, image: Image.Image) -> tuple[Tensor, Any] | None:
         """The same for an image among others; None where that makes no difference."""
@@ -132,7 +136,7 @@ class QwenEncoder(Encoder):
         """pixels [P, 3 * patch * patch] and the grid (height, width) in patches."""
         image = image.resize(self.resize_to(*image.size), Image.Resampling.BICUBIC)
         grid = image.height // self.patch, image.width // self.patch
-        pixels = to_pixels(image, CLIP_MEAN, CLIP_STD).unflatten(2, (-1, self.merge, self.patch))
+        pixels = to_pixels(image, CLIP_MEAN, CLIP_STD, self.device).unflatten(2, (-1, self.merge, self.patch))
         pixels = pixels.unflatten(1, (-1, self.merge, self.patch))  # [3, h, merge, patch, w, merge, patch]
         return pixels.permute(1, 4, 2, 5, 0, 3, 6).reshape(grid[0] * grid[1], -1), grid
 
@@ -231,7 +235,7 @@ class LlavaEncoder(Encoder):
         """[images, P, 3 * patch * patch], each image stretched to a tile; pixels that fill no patch are cut off."""
         size, whole = (self.tile, self.tile), self.side * self.patch
         images = [image.resize(size, Image.Resampling.BICUBIC) for image in images]
-        pixels = torch.stack([to_pixels(image, HALF, HALF) for image in images])[..., :whole, :whole]
+        pixels = torch.stack([to_pixels(image, HALF, HALF, self.device) for image in images])[..., :whole, :whole]
         pixels = pixels.unflatten(3, (-1, self.patch)).unflatten(2, (-1, self.patch))  # [..., 3, h, patch, w, patch]
         return pixels.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
 
@@ -315,7 +319,7 @@ class LlamaEncoder(Encoder):
         grid = self.choose_grid(*image.size)
         canvas = Image.new("RGB", (grid[1] * self.tile, grid[0] * self.tile))
         canvas.paste(image.resize(self.resize_to(*image.size, grid), Image.Resampling.BILINEAR))
-        pixels = to_pixels(canvas, CLIP_MEAN, CLIP_STD).unflatten(2, (grid[1], -1, self.patch))
+        pixels = to_pixels(canvas, CLIP_MEAN, CLIP_STD, self.device).unflatten(2, (grid[1], -1, self.patch))
         pixels = pixels.unflatten(1, (grid[0], -1, self.patch))  # [3, tiles, P, patch, tiles, P, patch]: down, across
         return pixels.permute(1, 4, 2, 5, 0, 3, 6).flatten(4).flatten(2, 3).flatten(0, 1), grid
 
@@ -375,9 +379,8 @@ def encode_image(encoder: Encoder, image: Image.Image, encoded: dict[int, Encode
     key = zlib.crc32(image.tobytes(), image.width | (several is not None) << 31)
     if key in encoded:
         return encoded[key]
-    weight = next(encoder.parameters())
     pixels, grid = several or encoder.preprocess(image)
-    features = encoder(pixels.to(weight.device, weight.dtype), grid)
+    features = encoder(pixels.to(next(encoder.parameters()).dtype), grid)
     n = len(features)
     found = Encoded(features, encoder.positions(n, grid), key, encoder.newlines(n, grid))
     if features.nbytes + sum(each.features.nbytes for each in encoded.values()) <= ENCODED_BYTES:

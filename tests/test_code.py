@@ -24,7 +24,7 @@ ALLOWED = {
     "checkpoint": {"model"},
     "cpu": {"model"},
     "gpu": {"model"},
-    "quantize": {"checkpoint", "cli", "cpu", "model"},
+    "quantize": {"checkpoint", "cli", "cpu", "gpu", "model"},
     "tp": {"checkpoint", "model", "quantize"},
     "generate": {"checkpoint", "cli", "cpu", "gpu", "images", "model", "quantize", "tokenizer", "tp", "vision"},
     "chat": {"cli", "generate", "images", "tokenizer", "tp"},

@@ -121,7 +121,7 @@ def test_two_images(pair, pictures):
 def check(pair, paths) -> None:
     inputs = reference_inputs(pair, [reference_picture(path) for path in paths])
     images = [load_image(path) for path in paths]
-    pixels = torch.cat([pair.encoder.preprocess(image)[0] for image in images])
+    pixels = torch.cat([pair.encoder.preprocess(image)[0] for image in images]).cpu()
     # Two equal frames: ours hold one of them, [patches, colour, frame, side * side] of the reference hold both.
     frames = inputs["pixel_values"].view(len(pixels), 3, 2, -1)
     for frame in frames.unbind(2):

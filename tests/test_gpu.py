@@ -10,6 +10,8 @@ import quantize
 from generate import Sampling
 from tests.helpers.pictures import draw
 
+DTYPES = [torch.float32, torch.bfloat16, torch.int8]
+
 
 @pytest.fixture
 def flex_on_the_cpu(monkeypatch):
@@ -52,6 +54,17 @@ def test_only_blocks_in_use_are_listed():
     seen[[0, 300, 999]] = True
     mask = gpu.listed_mask(seen, 8)
     assert mask.kv_num_blocks.item() == 3 and mask.kv_indices[0, 0, 0, :3].tolist() == [0, 2, 7]
+
+
+def test_upload(monkeypatch):
+    """Piece by piece, whatever the shape and the type of a tensor, an empty one too."""
+    monkeypatch.setattr(gpu, "STAGED_BYTES", 1000)
+    upload = gpu.Upload(torch.device("cpu"))
+    tensors = [torch.randn(shape).to(dtype) for shape in ((7, 501), (250,), (0, 3), (2, 3, 4), ()) for dtype in DTYPES]
+    for tensor in [*tensors, torch.randn(40, 50).t()]:
+        moved = upload(tensor)
+        assert torch.equal(moved, tensor) and moved.dtype == tensor.dtype
+        assert moved.is_contiguous() and moved.data_ptr() != tensor.data_ptr() or not moved.numel()
 
 
 def test_argmax():

@@ -45,7 +45,7 @@ def check_pixels(pair, images, expected: torch.Tensor) -> None:
     preprocess = encoder.preprocess if len(images) == 1 else encoder.preprocess_several
     for image, pictures in zip(images, expected, strict=True):
         pixels, _ = preprocess(image)
-        torch.testing.assert_close(pixels, to_patches(pictures, encoder.patch), atol=1e-5, rtol=0)
+        torch.testing.assert_close(pixels.cpu(), to_patches(pictures, encoder.patch), atol=1e-5, rtol=0)
 
 
 def reference_rows(pair, inputs: dict) -> torch.Tensor:
@@ -124,7 +124,7 @@ def test_many_shapes(pair):
         inputs = reference_inputs(pair, [image])
         check_pixels(pair, [image], inputs["pixel_values"])
         pixels, grid = pair.encoder.preprocess(image)
-        rows, expected = pair.encoder(pixels.to(device.name), grid), reference_rows(pair, inputs)
+        rows, expected = pair.encoder(pixels, grid), reference_rows(pair, inputs)
         device.assert_close(rows, expected)
         newlines = (rows == pair.encoder.newline).all(1).nonzero().flatten().tolist()
         assert newlines == list(pair.encoder.newlines(len(rows), grid))
