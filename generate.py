@@ -488,6 +488,18 @@ def run_samples(engine: Engine, tokenizer: Tokenizer, request: dict, args: argpa
         report(result, engine, engine.draft)
 
 
+def report_gain(engine: Engine, tokenizer: Tokenizer, request: dict, args: argparse.Namespace) -> None:
+    """One line: decoding with the draft and without. Both once more, as the first answer of a process is slower."""
+    speeds = []
+    for draft in (engine.draft, None):
+        engine.forget()
+        speeds += [answer(engine, tokenizer, request, draft=draft, **answer_options(args))["tokens_per_s"]]
+    with_draft, alone = speeds
+    log(
+        f"again: {with_draft:.0f} tokens/s with the draft, {alone:.0f} without it: {with_draft / alone:.2f} x", dim=True
+    )
+
+
 def run_requests(engine: Engine, tokenizer: Tokenizer, args: argparse.Namespace) -> int:
     """Answer the lines of a file in turn. A request that fails gives an error line; 2 if there was one."""
     status = 0
@@ -512,10 +524,11 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     args.json |= args.requests is not None
     cli.complete_model_flags(args)
+    args.is_tour = False
     if args.prompt is None and not args.interactive and args.requests is None:
         if args.checkpoint_path != cli.DEFAULT_CHECKPOINT and not args.image:
             raise ValueError("nothing to do: give --prompt, --image, --requests or --interactive")
-        args.image, args.prompt = args.image or [str(DEFAULT_IMAGE)], DEFAULT_PROMPT
+        args.is_tour, args.image, args.prompt = not args.image, args.image or [str(DEFAULT_IMAGE)], DEFAULT_PROMPT
     return args
 
 
@@ -540,6 +553,8 @@ def answer_flags(engine: Engine, tokenizer: Tokenizer, args: argparse.Namespace)
     request = {"prompt": prompt, "images": args.image, "raw": args.raw}
     request |= {"system": args.system} if args.system else {}
     run_samples(engine, tokenizer, request, args)
+    if args.is_tour:
+        report_gain(engine, tokenizer, request, args)
     return 0
 
 
