@@ -79,7 +79,7 @@ def test_scenes(run, tiny, tmp_path):
     assert all(line["time_to_first_token_s"] == pytest.approx(line["encoder_s"] + line["prefill_s"]) for line in lines)
     assert len(lines) == 8 and all(len(digest) == 64 for digest in header["sha256"].values())
     assert lines[0]["pictures"][0].startswith("data:image/jpeg;base64,") and "<image>" in lines[0]["question"][0]
-    assert sum(line["group"] == "describe" for line in lines) == 2
+    assert sum(line["group"] in ("describe", "list") for line in lines) >= 4  # two thirds, on average
     assert summary["n_visual_tokens"] == sum(line["n_visual_tokens"] for line in lines) / 8
 
 

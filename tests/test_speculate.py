@@ -95,13 +95,13 @@ def test_greedy_with_a_trained_draft_is_greedy_without(path):
     content = [{"type": "image"}, {"type": "text", "text": "Describe the image."}]
     question = tokenizer.encode_chat([{"role": "user", "content": content}])
     images = [Image.open(generate.DEFAULT_IMAGE.with_name("four-shapes.png"))]
-    expected = generate.generate(engine, question, images, 48, tokenizer.stop_ids)["token_ids"]
+    expected = generate.generate(engine, question, images, 64, tokenizer.stop_ids)["token_ids"]
     assert expected[-1] in tokenizer.stop_ids
     runs = set()
     for pruning, k in WAYS:
         engine.draft = Draft(draft, pruning, k)
         engine.forget()
-        result = with_its_draft(engine, question, images, 48, tokenizer.stop_ids)
+        result = with_its_draft(engine, question, images, 64, tokenizer.stop_ids)
         assert result["token_ids"] == expected, (pruning, k)
         runs |= {n for n, count in enumerate(result["accept_counts"]) if count}
     assert len(runs) > 5, "of the nine lengths that a run of accepted draft tokens can have"

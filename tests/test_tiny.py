@@ -18,8 +18,8 @@ from quantize import quantize_in_place
 from scripts.tasks.scenes import held_out_questions
 
 ROOT = Path(__file__).resolve().parent.parent
-N_QUESTIONS = 500
-OTHERS = {  # of 100 held-out questions, the least number of right answers
+N_QUESTIONS = 200  # as many as in training.json, whose figures are those of transformers
+OTHERS = {  # of 100 held-out questions with short answers, the least number of right ones
     "tiny-llava-onevision": 80,
     "tiny-llava-onevision-draft": 55,
     "tiny-llama-3.2-vision": 80,
@@ -44,8 +44,9 @@ def answers(engine, tokenizer, image, prompt: str, reply: str) -> bool:
     return [first, *rest[:-1]] == tokens and rest[-1] in tokenizer.stop_ids
 
 
-def count_right(engine, tokenizer, n_questions: int) -> int:
-    return sum(answers(engine, tokenizer, s.image, q.prompt, q.reply) for s, q in held_out_questions(n_questions))
+def count_right(engine, tokenizer, n_questions: int, **which) -> int:
+    questions = held_out_questions(n_questions, **which)
+    return sum(answers(engine, tokenizer, s.image, q.prompt, q.reply) for s, q in questions)
 
 
 def test_what_is_counted_is_what_is_generated():
@@ -59,7 +60,7 @@ def test_what_is_counted_is_what_is_generated():
         assert not ask(tokenizer.decode(ids) + ".") and not ask(tokenizer.decode(ids[:-1]) or "no")
 
 
-@pytest.mark.parametrize("path, least", [(DEFAULT_CHECKPOINT, 0.9), (DEFAULT_DRAFT, 0.5)], ids=["target", "draft"])
+@pytest.mark.parametrize("path, least", [(DEFAULT_CHECKPOINT, 0.9), (DEFAULT_DRAFT, 0.85)], ids=["target", "draft"])
 def test_held_out_questions(path, least, capsys):
     """Exact match on scenes that no training has seen, in the default dtype."""
     right = count_right(*load(path), N_QUESTIONS)
@@ -70,8 +71,8 @@ def test_held_out_questions(path, least, capsys):
 
 @pytest.mark.parametrize("name, least", OTHERS.items())
 def test_other_families(name, least):
-    """Fewer questions: these pairs are here to be measured with, and each has its training.json."""
-    assert count_right(*load(ROOT / "checkpoints" / name / "model.pth"), 100) >= least
+    """Fewer questions, with short answers: these pairs were trained before the corpus had lists."""
+    assert count_right(*load(ROOT / "checkpoints" / name / "model.pth"), 100, long_share=0.0) >= least
 
 
 FORMATS = {("int8", 128): 1, ("fp8", 128): 3, ("int4", 32): 3, ("int4", 128): 3}
@@ -89,6 +90,12 @@ def test_quantized_held_out_questions(capsys):
         with capsys.disabled():
             print(f"\n{mode} (groups of {group}): {found} of {N_QUESTIONS} held-out questions, bfloat16: {whole}")
         assert found >= whole - points / 100 * N_QUESTIONS
+
+
+def test_shape_of_the_pair():
+    """The target is deep, and its draft has two layers: what a draft is for."""
+    shapes = [json.loads(path.with_name("params.json").read_text()) for path in (DEFAULT_CHECKPOINT, DEFAULT_DRAFT)]
+    assert [shape["model"]["n_layer"] for shape in shapes] == [12, 2]
 
 
 def test_shipped_files_are_small():

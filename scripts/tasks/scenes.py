@@ -3,9 +3,11 @@
 Knows how to draw a scene from a seed (Pillow and the standard library) and what may be asked about it. Does not know
 models, tokenizers or chat formats.
 
-A scene is one of three kinds: coloured shapes on a 3-column grid, printed words and numbers, or a bar chart whose
-values stand under the bars. The same seed always gives the same scene. Seeds from HELD_OUT_SEED on are for
-examinations and are never trained on; VALIDATION_SEED starts the range that training watches itself with.
+A scene is one of three kinds: coloured shapes on a 3-column grid, printed words and numbers (half as often as the
+others), or a bar chart whose values stand under the bars. Seven of ten questions that are drawn from scenes ask for a
+description or a list, an answer of 15 to 63 tokens; the others ask for a word or a number. The same seed always gives
+the same scene. Seeds from HELD_OUT_SEED on are for examinations and are never trained on; VALIDATION_SEED starts the
+range that training watches itself with.
 """
 
 from dataclasses import dataclass
@@ -30,14 +32,12 @@ COLORS = {
 }
 BACKGROUNDS = {"white": (255, 255, 255), "gray": (190, 190, 190)}
 SHAPES = ["circle", "square", "triangle", "diamond", "star", "cross"]
-WORDS = (
-    "apple bird book bread cake chair clock cloud cow cup dog door duck eagle fish flag frog goat hat house "
-    "ice key king lamp leaf lion milk moon mouse nest owl piano rain ring ship snow sun tree wolf zebra"
-).split()
+WORDS = "bird book cake cloud cow dog duck eagle frog house ice king lamp milk moon mouse owl ring sun zebra".split()
 ORDERS = ["first", "second", "third", "fourth"]
 COUNTS = ["0", "1", "2", "3", "4"]
 FONT_SIZE, VALUE_SIZE = 36, 24  # of words and numbers, of the values under bars; in pixels
-MULTIPLE_CHOICE_SHARE = 0.35
+MULTIPLE_CHOICE_SHARE = 0.2
+LONG_SHARE = 0.7  # of the held-out questions
 INSTRUCTION = "Answer with the option's letter from the given choices directly."
 OPEN_INSTRUCTION = "Answer the question using a single word or phrase."  # some benchmarks add it; bare questions work
 
@@ -49,7 +49,7 @@ class Question:
     text: str
     answer: str
     options: tuple[str, ...]  # empty for an open question
-    kind: str  # what | color | count | where | read | bar
+    kind: str  # what | color | count | where | read | bar; describe | list: a long answer
 
     @property
     def prompt(self) -> str:
@@ -74,25 +74,30 @@ class Scene:
     image: Image.Image
     caption: str
     regions: list[Region]  # which words say what is drawn where
-    questions: list[Question]
+    questions: list[Question]  # with short answers
+    long_questions: list[Question]  # describe, list
 
 
 def make_scene(seed: int) -> Scene:
     """Draws the scene of a seed. The size follows from seed % 4, all else from random.Random(seed)."""
     rng = Random(seed)
     size = SIZES[seed % len(SIZES)]
-    scene = rng.choice([make_shapes, make_text, make_bars])(rng, size)
+    scene = rng.choice([make_shapes, make_shapes, make_text, make_bars, make_bars])(rng, size)
     rng.shuffle(scene.questions)
     scene.questions = [offer_options(rng, question) for question in scene.questions]
     return scene
 
 
-def held_out_questions(n: int):
-    """Yields n pairs (scene, question) from seeds that no training has seen: one a scene, its kind drawn first."""
+def held_out_questions(n: int, long_share: float = LONG_SHARE):
+    """Yields n pairs (scene, question) from seeds that no training has seen: one a scene, its kind drawn first.
+
+    long_share: of the questions, those with a long answer.
+    """
     for seed in range(HELD_OUT_SEED, HELD_OUT_SEED + n):
-        scene = make_scene(seed)
-        kind = Random(f"kind {seed}").choice(sorted({question.kind for question in scene.questions}))
-        yield scene, next(question for question in scene.questions if question.kind == kind)
+        scene, rng = make_scene(seed), Random(f"kind {seed}")
+        questions = scene.long_questions if rng.random() < long_share else scene.questions
+        kind = rng.choice(sorted({question.kind for question in questions}))
+        yield scene, next(question for question in questions if question.kind == kind)
 
 
 # ---- questions -----------------------------------------------------------------------------------------------------
@@ -113,8 +118,8 @@ def ask(rng: Random, kind: str, texts: list[str], answer: str, pool: list[str]) 
     return Question(rng.choice(texts), answer, tuple(pool), kind)
 
 
-def article(word: str) -> str:
-    return "an" if word[0] in "aeiou" else "a"
+def describe(caption: str) -> Question:
+    return Question(CAPTION_PROMPTS[0], caption, (), "describe")
 
 
 def join(parts: list[str]) -> str:
@@ -143,7 +148,7 @@ def grid_places(height: int) -> list[str]:
 
 
 def make_shapes(rng: Random, size: tuple[int, int]) -> Scene:
-    """One to four things in different cells of the grid."""
+    """One to four things in different cells of the grid. The description goes through all cells in reading order."""
     background = rng.choice(list(BACKGROUNDS))
     image = Image.new("RGB", size, BACKGROUNDS[background])
     places = grid_places(size[1])
@@ -153,10 +158,12 @@ def make_shapes(rng: Random, size: tuple[int, int]) -> Scene:
         box = draw_shape(rng, image, thing, (cell % 3, cell // 3), len(places) // 3)
         things.append(thing)
         regions.append((box, [thing.shape, thing.color, thing.place]))
-    items = join([f"{article(thing.color)} {thing.name} in the {thing.place}" for thing in things])
-    noun = "object" if len(things) == 1 else "objects"
-    caption = f"A {background} image with {len(things)} {noun}: {items}."
-    return Scene("shapes", image, caption, regions, shape_questions(rng, things, places, background))
+    names = {thing.place: thing.name for thing in things}
+    items = ", ".join(f"{place} {names.get(place, 'empty')}" for place in places)
+    caption = f"Shapes on a {background} background: {items}."
+    listed = Question("List the shapes by place.", items, (), "list")
+    questions = shape_questions(rng, things, places, background)
+    return Scene("shapes", image, caption, regions, questions, [describe(caption), listed])
 
 
 def draw_shape(rng: Random, image: Image.Image, thing: Thing, cell: tuple[int, int], n_rows: int) -> tuple:
@@ -250,14 +257,16 @@ def make_text(rng: Random, size: tuple[int, int]) -> Scene:
     image = Image.new("RGB", size, BACKGROUNDS[background])
     places = rng.choice([["center"], ["top", "bottom"], ["top", "bottom"]])
     colors = rng.sample(list(COLORS), len(places))
-    texts = [rng.choice(WORDS) if rng.random() < 0.6 else str(rng.randint(10, 99)) for _ in places]
+    texts = [rng.choice(WORDS) if rng.random() < 0.7 else str(rng.randint(10, 99)) for _ in places]
     lines = [Line(*line) for line in zip(texts, colors, places)]
     regions = []
     for index, line in enumerate(lines):
         regions += draw_line(rng, image, line, (index + 0.5) / len(lines))
     items = join([f"the {line.noun} {line.text} in {line.color} at the {line.place}" for line in lines])
     caption = f"The image shows {items}, printed on a {background} background."
-    return Scene("text", image, caption, regions, text_questions(rng, lines, background))
+    layout = ", ".join(f"the {line.place} is a {line.noun} in {line.color}" for line in lines)
+    listed = Question("List the text by place.", f"Of the text {layout}, on a {background} background.", (), "list")
+    return Scene("text", image, caption, regions, text_questions(rng, lines, background), [describe(caption), listed])
 
 
 def draw_line(rng: Random, image: Image.Image, line: Line, height: float) -> list[Region]:
@@ -335,7 +344,9 @@ def make_bars(rng: Random, size: tuple[int, int]) -> Scene:
     items = join([f"{bar.color} {bar.value}" for bar in bars])
     ends = f"The tallest is {ranked[-1].color}, the shortest is {ranked[0].color}."
     caption = f"A bar chart with {n} bars: {items}. {ends}"
-    return Scene("bars", image, caption, regions, bar_questions(rng, bars, ranked))
+    items = ", ".join(f"the {order} is {bar.color} with {bar.value}" for order, bar in zip(ORDERS, bars))
+    listed = Question("List the bars from left to right.", f"Of {n} bars {items}.", (), "list")
+    return Scene("bars", image, caption, regions, bar_questions(rng, bars, ranked), [describe(caption), listed])
 
 
 def draw_bars(rng: Random, image: Image.Image, bars: list[Bar]) -> list[Region]:

@@ -44,14 +44,19 @@ class Recipe:
     frozen_encoder: bool = False  # as it is in the base
     pruned: float = 0.0  # of the batches, those in which half of the visual tokens are left out
 
+    @property
+    def depth(self) -> int:
+        """How many layers the decoder has."""
+        return self.shape["text"]["num_hidden_layers"]
+
 
 class Family:
     """What the families share: the decoder is Qwen2's, and visual tokens stand in the sequence."""
 
     ship_name: str  # of the target's folder under checkpoints/; the draft's ends in -draft
     recipes: dict[str, Recipe]  # "base", "target", "draft", in the order in which they are made
-    # What differs in the base's recipe if it begins with a trained checkpoint:
-    tuning = dict(steps=400, learning_rate=2e-3, warmup=20, batch=8, first_seed=50_000_000)
+    # What differs in a recipe if its model begins with a trained one of the same depth, which has learned to see:
+    tuning = dict(steps=700, learning_rate=2e-3, warmup=20, batch=8, first_seed=50_000_000)
     sample_tokens: int  # L: the image's prefix and as many turns as fit
     special_tokens: list[str]
     image_token: str

@@ -83,6 +83,7 @@ class LlamaVision(Family):
             pruned=0.5,
         ),
     }
+    tuning = Family.tuning | {"steps": 500}
     sample_tokens = 120  # an image takes one token
     special_tokens = (  # in Llama-3.2's order; reserved ones fill the rows of the vocabulary
         "<|begin_of_text|> <|end_of_text|> <|reserved_special_token_0|> <|reserved_special_token_1|> "

@@ -63,13 +63,12 @@ class QwenVL(Family):
         ),
         "target": Recipe(
             shape={"text": text_shape(128, 12, 384), "vision": vision},
-            steps=60,
+            steps=120,
             learning_rate=1e-3,
             warmup=10,
             batch=8,
             first_seed=100_000_000,
             layers=(0, ~0, ~0, 1, ~1, ~1, ~1, 2, ~2, ~2, 3, 4),
-            frozen_encoder=True,
         ),
         "draft": Recipe(
             shape={"text": text_shape(128, 2, 384), "vision": vision},
@@ -83,7 +82,7 @@ class QwenVL(Family):
             pruned=0.5,
         ),
     }
-    tuning = Family.tuning | {"steps": 700}
+    tuning = Family.tuning | {"steps": 900, "frozen_encoder": True}
     sample_tokens = 160  # of which the prefix takes about 48
     special_tokens = (  # in Qwen2.5-VL's order
         "<|endoftext|> <|im_start|> <|im_end|> <|object_ref_start|> <|object_ref_end|> <|box_start|> <|box_end|> "

@@ -49,15 +49,18 @@ def corpus(n_scenes: int):
 
 
 def asked_about(scene: Scene, rng: Random) -> list[tuple[str, str, str]]:
-    """All (prompt, reply, content of the answer) of a scene in random order.
+    """All (prompt, reply, content of the answer) of a scene in random order, of the long ones one, among the first.
 
     A tenth of the open questions has a benchmark's instruction behind it.
     """
-    asked = [(rng.choice(CAPTION_PROMPTS), scene.caption, scene.caption)]
+    asked = []
     for question in scene.questions:
         instructed = not question.options and rng.random() < 0.1
         asked.append((question.prompt + f"\n{OPEN_INSTRUCTION}" * instructed, question.reply, question.answer))
     rng.shuffle(asked)
+    question = rng.choice(scene.long_questions)
+    prompt = rng.choice(CAPTION_PROMPTS) if question.kind == "describe" else question.text
+    asked.insert(rng.randint(0, 2), (prompt, question.answer, question.answer))
     return asked
 
 

@@ -25,7 +25,7 @@ from scripts.tiny.family import Family, Recipe
 from scripts.tiny.samples import Batch, Sampler
 
 NAMING_WEIGHT, THOUGHT_WEIGHT = 0.5, 0.5  # of naming_loss and thought_loss in the loss
-REPORT_SECONDS = 60.0  # of CPU time, between validations and saved states
+REPORT_SECONDS = 180.0  # of CPU time, between validations and saved states
 
 # ---- losses --------------------------------------------------------------------------------------------------------
 
