@@ -1,13 +1,14 @@
 """A converted checkpoint's folder: model.pth, mapped or written tensor by tensor, and params.json beside it.
 
-Knows files. Does not know what the tensors are for, how they are quantized, or how they get into modules.
+Knows files, and which numbers a model's shape can have: nothing in a file is trusted. Does not know what the tensors
+are for, how they are quantized, or how they get into modules.
 """
 
 import json
 import mmap
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -16,6 +17,20 @@ from torch import Tensor
 from model import ModelArgs
 
 CONVERT = "convert it (again) with scripts/convert_hf_checkpoint.py"
+# The least and the most that a whole number may be, of the decoder and of `vision`: far beyond all published models.
+LIMITS = {
+    **dict.fromkeys(("dim", "intermediate_size", "hidden", "out_dim"), (1, 2**20)),
+    **dict.fromkeys(("n_layer", "n_head", "n_kv_head", "head_dim", "patch"), (1, 1024)),
+    **dict.fromkeys(("depth", "n_global", "n_input_only"), (0, 1024)),
+    **dict.fromkeys(("vocab_size", "n_tokens", "min_pixels"), (1, 2**22)),
+    **{"max_seq_len": (1, 2**24), "max_pixels": (1, 2**28), "window": (1, 2**14), "merge": (1, 64)},
+    **{"tile": (1, 4096), "max_tiles": (1, 64)},
+}
+VISION = {  # type -> what build_encoder takes
+    "qwen2_5_vl": "dim depth n_head hidden out_dim patch merge window full_layers min_pixels max_pixels",
+    "llava": "dim depth n_head hidden out_dim patch tile resolutions max_tiles",
+    "llama3_2_vision": "dim depth n_global n_head hidden out_dim tile patch max_tiles keep",
+}
 
 
 def first_line(error: BaseException) -> str:
@@ -26,12 +41,87 @@ def read_params(path: Path) -> tuple[ModelArgs, dict]:
     """The shape and the tokenizer settings of a checkpoint, from params.json beside it. Raises ValueError, one line."""
     params = path.with_name("params.json")
     try:
-        read = json.loads(params.read_text())
-        return ModelArgs(**read["model"]), dict(read["tokenizer"])
+        read = json.loads(params.read_text(encoding="utf-8"))
+        args = ModelArgs(**read["model"])
+        check_args(args)
+        return args, dict(read["tokenizer"])
     except FileNotFoundError:
         raise ValueError(f"{params} is missing: {CONVERT}") from None
-    except (ValueError, TypeError, LookupError) as error:
+    except (ValueError, TypeError, LookupError, RecursionError) as error:
         raise ValueError(f"cannot use {params} ({first_line(error)}): {CONVERT}") from error
+
+
+def check_args(args: ModelArgs) -> None:
+    """Raises ValueError for a shape that no model has: of wrong types, too large, or of parts that do not fit."""
+    vision = args.vision
+    check_numbers(vars(args), args.n_layer)
+    section, head = args.mrope_section, args.head_dim
+    require(args.n_head % args.n_kv_head == 0 and head % 2 == 0, "n_kv_head or head_dim", args)
+    require(args.n_tokens <= args.vocab_size, "n_tokens", args)
+    require(is_number(args.norm_eps, 0, 1) and is_number(args.rope_base, 1e-3, 1e12), "norm_eps or rope_base", args)
+    require(type(args.qkv_bias) is bool and type(args.tie_embeddings) is bool, "qkv_bias or tie_embeddings", args)
+    require(section is None or is_list(section, 1024) and len(section) == 3 and 2 * sum(section) == head, "mrope", args)
+    require(args.rope_scaling is None or is_scaling(args.rope_scaling), "rope_scaling", args)
+    image = args.image_token_id
+    require(image is None or is_list([image], args.vocab_size + args.n_input_only), "image_token_id", args)
+    if vision is None:
+        return
+    require(isinstance(vision, dict) and isinstance(vision.get("type"), str), "vision", args)
+    names = VISION.get(vision["type"], "of another type").split()
+    require(vision.keys() == {"type", *names}, "vision", vision)
+    check_numbers(vision, vision["depth"])
+    quarter = 4 if vision["type"] == "qwen2_5_vl" else 1  # rotary positions of two axes
+    require(vision["dim"] % (vision["n_head"] * quarter) == 0 and vision["out_dim"] == args.dim, "dim", vision)
+    if "tile" in vision:
+        require(vision["tile"] >= vision["patch"], "tile or patch", vision)
+        require(is_grid(vision.get("resolutions", [[vision["tile"]] * 2]), vision["tile"]), "resolutions", vision)
+    else:
+        side = vision["patch"] * vision["merge"]
+        require(vision["window"] >= side and vision["max_pixels"] >= side**2, "window or max_pixels", vision)
+
+
+def require(holds: bool, what: str, where: ModelArgs | dict) -> None:
+    if not holds:
+        raise ValueError(f"no model has such {what}: {str(where)[:200]}")
+
+
+def check_numbers(values: dict, n_layer: object) -> None:
+    """Of the decoder or of `vision`, which have n_layer layers, those that LIMITS names, and lists of layers."""
+    for name, value in values.items():
+        least, most = LIMITS.get(name, (0, 0))
+        if most and not (type(value) is int and least <= value <= most):
+            raise ValueError(f"{name} is {str(value)[:40]}, not a whole number from {least} to {most}")
+        if name in ("full_layers", "keep", "cross_attention_layers"):
+            in_order = type(n_layer) is int and is_list(value, n_layer) and sorted({*value}) == [*value]
+            if not in_order:
+                raise ValueError(f"{name} is {str(value)[:40]}, not a list of layers in their order")
+
+
+def is_number(value: object, least: float, most: float) -> bool:
+    return isinstance(value, int | float) and type(value) is not bool and least <= value <= most  # NaN is not
+
+
+def is_list(value: object, most: int) -> bool:
+    """Whole numbers below most."""
+    return isinstance(value, list | tuple) and all(type(i) is int and 0 <= i < most for i in value)
+
+
+def is_scaling(value: object) -> bool:
+    """What inverse_frequencies takes."""
+    llama3 = {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}
+    yarn = {"factor", "first", "last", "attention_factor"}
+    return (
+        isinstance(value, dict)
+        and value.keys() in ({"factor"}, llama3, yarn)
+        and all(is_number(number, 0, 1e9) for number in value.values())
+    )
+
+
+def is_grid(value: object, tile: int) -> bool:
+    """Pairs of sides of a canvas, of whole tiles, twelve at most."""
+    pairs = value if isinstance(value, list | tuple) and len(value) <= 1000 else []
+    right = lambda pair: is_list(pair, 12 * tile + 1) and len(pair) == 2 and all(n and n % tile == 0 for n in pair)
+    return bool(pairs) and all(map(right, pairs))
 
 
 def load_mapped(path: Path) -> dict[str, Tensor]:
@@ -71,6 +161,38 @@ def write_checkpoint(path: Path, shapes: dict[str, tuple], tensors: Iterable[tup
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a small file, which appears under its name when it is complete."""
+    part = path.with_name(path.name + ".part")
+    try:
+        part.write_bytes(data)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def stamp(path: Path) -> tuple[int, int, int]:
+    """Another one after the file was replaced or written to."""
+    found = path.stat()
+    return found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def watch(path: Path) -> Callable[[], None]:
+    """A function that raises ValueError once the file, which may be mapped, was written to.
+
+    A file that takes its name does not matter: the mapped one lives on.
+    """
+    file = path.open("rb")
+    before = os.fstat(file.fileno())
+
+    def check() -> None:
+        now = os.fstat(file.fileno())
+        if (now.st_size, now.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
+            raise ValueError(f"{path} was written to while it was in use: start again")
+
+    return check
 
 
 def check_space(folder: Path, n_bytes: int) -> None:

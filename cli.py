@@ -4,8 +4,10 @@ Knows argparse, the standard streams and the checkpoints that come with the repo
 """
 
 import argparse
+import ctypes
 import os
 import shlex
+import signal
 import sys
 import warnings
 from collections.abc import Callable
@@ -75,7 +77,9 @@ def seed(text: str) -> int:
 
 
 def one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())
+    """Whatever a file made of the message: one line, of at most 700 characters, which a terminal can print."""
+    text = "".join(c if c.isprintable() else "?" for c in " ".join(str(error).split()))
+    return text if len(text) <= 700 else f"{text[:400]} ... {text[-290:]}"
 
 
 def log(line: str, dim: bool = False) -> None:
@@ -99,6 +103,7 @@ def command_for(checkpoint: Path) -> str:
 def run_command(name: str, command: Callable[[], int]) -> int:
     """The exit status: command's own; 2 after a mistake of the user's, with one line that says what is wrong; 130 after
     Ctrl-C. A fault of ours keeps its traceback."""
+    explain_bus_errors(name)
     try:
         return command()
     except (ValueError, OSError) as error:
@@ -106,6 +111,25 @@ def run_command(name: str, command: Callable[[], int]) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
+
+
+def explain_bus_errors(name: str) -> None:
+    """From now on, a line and status 2 where the file behind a mapped tensor is cut off, instead of a bus error.
+
+    Python's own handlers run later, but the instruction that failed would come first, again and again.
+    """
+    if not hasattr(signal, "SIGBUS"):  # Windows
+        return
+    line = f"{name}: a file was cut off while it was in use, or its disk failed: start again with the whole file\n"
+
+    def explain(number: int) -> None:
+        try:
+            os.write(2, line.encode())
+        finally:
+            os._exit(2)
+
+    explain_bus_errors.handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(explain)  # type: ignore[attr-defined]  # kept
+    ctypes.CDLL(None).signal(signal.SIGBUS, explain_bus_errors.handler)  # type: ignore[attr-defined]
 
 
 def add_model_flags(parser: Parser, max_new_tokens: int | None = MAX_NEW_TOKENS) -> None:

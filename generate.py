@@ -57,6 +57,7 @@ class Engine:
     ranks: OneProcess = field(default_factory=OneProcess)
     greedy: gpu.GreedyDecoder | None = None  # what decodes at temperature 0, if not the loop of decode()
     encoded: dict = field(default_factory=dict)  # image features that are kept for the next prompt
+    check_file: Callable[[], None] = lambda: None  # raises ValueError once the file of mapped weights was written to
 
     @property
     def device(self) -> torch.device:
@@ -303,6 +304,7 @@ def generate(
             each.cached.commit(ids)
         on_tokens(new)
     seconds = time.perf_counter() - start
+    engine.check_file()
     result["finish_reason"] = "stop" if ids[-1] in stop_ids else "length"
     result["tokens_per_s"] = (len(ids) - 1) / seconds if len(ids) > 1 else 0.0
     return result | (report_speculation(steps, draft.speculate_k, seconds) if draft else {})
@@ -395,7 +397,8 @@ def load_one(
             counts |= (cpu if torch.device(device).type == "cpu" else gpu).prepare(part)
     nn.ModuleList(filter(None, (model, encoder))).requires_grad_(False).eval()
     served = [quantize.describe(counts, dtype), cpu.describe() if torch.device(device).type == "cpu" else device]
-    return Engine(model, encoder, ranks=ranks), tokenizer, f"{path} ({'; '.join(filter(None, served))})"
+    engine = Engine(model, encoder, ranks=ranks, check_file=checkpoint.watch(path))
+    return engine, tokenizer, f"{path} ({'; '.join(filter(None, served))})"
 
 
 def compile_steps(engine: Engine) -> None:

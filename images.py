@@ -44,7 +44,7 @@ def load_image(source: str | Path | IO[bytes]) -> Image.Image:
     except MemoryError:
         raise ValueError(f"cannot read the image {name}: it does not fit into memory") from None
     except Exception as error:  # the decoders' errors have no common class: RuntimeError, struct.error, ...
-        raise ValueError(f"cannot read the image {name}: {error or type(error).__name__}") from None
+        raise ValueError(f"cannot read the image {name}: {str(error) or type(error).__name__}") from None
 
 
 @contextmanager

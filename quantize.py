@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 import cpu
 import gpu
-from checkpoint import CONVERT, first_line, load_mapped, read_params, write_checkpoint
+from checkpoint import CONVERT, first_line, load_mapped, read_params, stamp, write_checkpoint
 from cpu import UnsupportedByKernel, frozen
 from model import Transformer
 
@@ -512,7 +512,7 @@ def quantize(path: Path, mode: str, group: int) -> tuple[Path, dict[str, float]]
 
     Raises ValueError or OSError, one line, for what is wrong with the checkpoint or the disk; then nothing is left.
     """
-    state = load_mapped(path)
+    state, before = load_mapped(path), stamp(path)
     layers = find_linears(path, state)
     groups = {name: group_for(linear.in_features, group) for name, linear in layers.items()}
     if mode == "int4" and (group not in groups.values() or min(groups.values()) < 2):
@@ -536,6 +536,8 @@ def quantize(path: Path, mode: str, group: int) -> tuple[Path, dict[str, float]]
             kind = ".".join(word for word in name.split(".") if not word.isdecimal())
             sums[kind] = [a + b for a, b in zip(sums.get(kind, (0.0, 0.0)), squares)]
             yield from zip((f"{name}.weight", f"{name}.scale", f"{name}.zero"), parts)
+        if stamp(path) != before:
+            raise ValueError(f"{path} was replaced meanwhile: quantize it again")
 
     suffix = f"{mode}.g{group}" if mode == "int4" else mode
     result = path.with_name(f"{path.stem}_{suffix}.pth")

@@ -10,8 +10,8 @@ import random
 import re
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from functools import cache, cached_property, partial
 from io import StringIO
@@ -21,11 +21,14 @@ from unicodedata import category, normalize
 
 import sentencepiece
 
+MOST_TOKENS = 2**22
 FORMAT = 2  # of the "tokenizer" entry of params.json
 REQUEST_TYPES: dict[str, Any] = dict(messages=list, prompt=(str, int), images=list, raw=bool, system=str)
 REQUEST_TYPES |= dict(max_new_tokens=int, date_string=str)  # what --requests may say
 IMAGE_KEYS = ("path", "image", "min_pixels", "max_pixels", "resized_height", "resized_width")  # of an image part
-TEMPLATE_SECONDS, TEMPLATE_CHARACTERS = 5, 10_000_000  # what a chat template may take and write
+# What a chat template may take of the processor and, where the system can say so, of memory; and what it may write.
+TEMPLATE_SECONDS, TEMPLATE_BYTES, TEMPLATE_CHARACTERS = 0.5, 2**28, 10_000_000
+LARGE = 2**4000  # an integer that a template does not multiply
 PROBE, PRIVATE_USE = chr(0xF0000), range(0xF0001, 0xFFFFE)  # code points without a meaning
 NO_PREFIX = b"\x1a\x02\x18\x00"  # normalizer_spec.add_dummy_prefix = false: in a protobuf the last word counts
 WORD = {"Lu", "Ll", "Lt", "Lm", "Lo", "Mn", "Mc", "Me", "Nd", "Nl", "Pc"}  # categories of \w, in Rust's regex crate
@@ -106,8 +109,10 @@ def template_environment():
             raise sandbox.SecurityError(f"it reaches for {attribute!r} of a {type(obj).__name__}")
 
         def call_binop(self, context, operator, left, right):
-            repeated = [len(a) * b for a, b in ((left, right), (right, left)) if isinstance(a, str | list | tuple)]
-            if operator == "**" or max(repeated, default=0) > TEMPLATE_CHARACTERS:
+            pairs = ((left, right), (right, left))
+            repeated = [len(a) * b for a, b in pairs if isinstance(a, str | list | tuple) and isinstance(b, int)]
+            large = any(isinstance(a, int) and abs(a) > LARGE for a in (left, right))
+            if operator == "**" or large or max(repeated, default=0) > TEMPLATE_CHARACTERS:
                 raise sandbox.SecurityError(f"it computes with {operator} what may be too large")
             return super().call_binop(context, operator, left, right)
 
@@ -121,6 +126,43 @@ def template_environment():
     environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)  # Jinja's own escapes HTML
     environment.globals.update(raise_exception=raise_exception, strftime_now=lambda form: datetime.now().strftime(form))
     return environment
+
+
+@contextmanager
+def bounded() -> Iterator[None]:
+    """What is run here may take TEMPLATE_SECONDS of the processor, and on Linux TEMPLATE_BYTES of memory.
+
+    Raises TimeoutError, or MemoryError from where the memory was asked for.
+    """
+    deadline, tracer = time.thread_time() + TEMPLATE_SECONDS, sys.gettrace()
+
+    def watch(frame, event, argument):  # called for every line of Python, so for every one of a template's code
+        if time.thread_time() > deadline:
+            raise TimeoutError(f"it runs for more than {TEMPLATE_SECONDS} seconds")
+        return watch
+
+    restore = limit_memory(TEMPLATE_BYTES)
+    try:
+        sys.settrace(watch)
+        yield
+    finally:
+        sys.settrace(tracer)
+        restore()
+
+
+def limit_memory(n_bytes: int) -> Callable[[], None]:
+    """Let this process have so many bytes more than now, where it can be limited; the function ends the limit."""
+    try:
+        import resource
+
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        before = resource.getrlimit(resource.RLIMIT_AS)
+        most = pages * resource.getpagesize() + n_bytes
+        if before[0] == resource.RLIM_INFINITY or most < before[0]:
+            resource.setrlimit(resource.RLIMIT_AS, (most, before[1]))
+    except (ImportError, OSError, ValueError):
+        return lambda: None
+    return lambda: resource.setrlimit(resource.RLIMIT_AS, before)
 
 
 class Refusal(ValueError):
@@ -152,9 +194,10 @@ class ChatTemplate:
         self.source = re.sub(r"({%[-+]?\s*)generation\b", r"\1if true", source)
         self.source = re.sub(r"({%[-+]?\s*)endgeneration\b", r"\1endif", self.source)
         try:
-            self.template = template_environment().from_string(self.source)
+            with bounded():
+                self.template = template_environment().from_string(self.source)
         except Exception as error:  # mostly jinja2.TemplateSyntaxError; Python's compiler has limits of its own
-            raise ValueError(f"the chat template does not parse: {error}") from error
+            raise ValueError(f"the chat template does not parse: {str(error) or type(error).__name__}") from error
         # What it writes around messages: three of one character, without which it is a template of its own kind.
         messages = [{"role": role, "content": text_part(PROBE)} for role in ("user", "assistant", "user")]
         self.around = ["", "", "", ""]
@@ -169,24 +212,16 @@ class ChatTemplate:
         from jinja2.sandbox import SecurityError
 
         messages = [message | {"content": self.form(message["content"])} for message in messages]
-        deadline, tracer, text = time.monotonic() + TEMPLATE_SECONDS, sys.gettrace(), StringIO()
-
-        def watch(frame, event, argument):  # called for every line of the template's code
-            if time.monotonic() > deadline:
-                raise TimeoutError(f"it runs for more than {TEMPLATE_SECONDS} seconds")
-            return watch
-
+        text = StringIO()
         try:
-            sys.settrace(watch)
-            for piece in self.template.generate(messages=messages, **self.variables | variables):
-                if text.write(piece) and text.tell() > TEMPLATE_CHARACTERS:
-                    raise MemoryError(f"it writes more than {TEMPLATE_CHARACTERS} characters")
+            with bounded():
+                for piece in self.template.generate(messages=messages, **self.variables | variables):
+                    if text.write(piece) and text.tell() > TEMPLATE_CHARACTERS:
+                        raise MemoryError(f"it writes more than {TEMPLATE_CHARACTERS} characters")
         except (SecurityError, TimeoutError, MemoryError) as error:
-            raise ValueError(f"the chat template cannot be used: {error}") from error
+            raise ValueError(f"the chat template cannot be used: {str(error) or 'it takes too much memory'}") from error
         except Exception as error:  # raise_exception, and whatever the template's expressions raise
             raise Refusal(f"the chat template refuses this conversation: {error}") from error
-        finally:
-            sys.settrace(tracer)
         return text.getvalue()
 
     def form(self, parts: list[dict]) -> list[dict] | Content:
@@ -221,6 +256,7 @@ class Tokenizer:
             raise ValueError(f"{model_path} is not a SentencePiece model: convert the checkpoint again") from error
         if settings.get("format") != FORMAT:
             raise ValueError("params.json is of another version of this program: convert the checkpoint again")
+        check_settings(settings)
         self.settings = settings
         self.bytelevel = settings["type"] == "bytelevel"
         self.split = split_pattern(settings["max_digits"]) if self.bytelevel else None
@@ -431,7 +467,7 @@ class Tokenizer:
         """The parts of a message, images without their files; of a reply that is put back, one of type "tokens"."""
         role, content = (message.get("role"), message.get("content")) if isinstance(message, dict) else (None, None)
         if role not in ("system", "user", "assistant"):
-            raise ValueError(f"{where}: the role must be system, user or assistant, not {role!r}")
+            raise ValueError(f"{where}: the role must be system, user or assistant, not {str(role)[:40]!r}")
         parts = text_part(content) if isinstance(content, str) else content
         if not isinstance(parts, list) or not all(isinstance(part, dict) for part in parts):
             raise ValueError(f"{where}: the content must be text or a list of parts")
@@ -475,6 +511,36 @@ def find_images(messages: Sequence[dict]) -> list[dict]:
     if nameless := [part for part in parts if not isinstance(part.get("path"), str)]:
         raise ValueError(f"an image part has no path: {str(nameless[0])[:60]}")
     return parts
+
+
+def check_settings(settings: dict) -> None:
+    """Raises ValueError for settings that are not as Tokenizer describes them."""
+    match settings:
+        case {"type": "bytelevel", "max_digits": 1 | 3, "nfc": bool(), "ignore_merges": bool()}:
+            pass
+        case {"type": "sentencepiece", "prefix": "prepend" | "always" | "first" | "never"}:
+            pass
+        case _:
+            raise ValueError("params.json: the tokenizer's type and rules are not known: convert the checkpoint again")
+    match settings:
+        case {
+            "n_tokens": int(n_tokens),
+            "bos_id": int() | None as bos_id,
+            "stop_ids": list(stop_ids),
+            "special_tokens": dict(special),
+            "added_tokens": dict(added),
+            "token_flags": dict(flags),
+            "chat_template": str() | None,
+            "template_variables": dict(variables),
+            "image": None | [str(), str(), str()] as image,
+        }:
+            ids = [n_tokens, *stop_ids, *special.values(), *added.values(), *([] if bos_id is None else [bos_id])]
+            texts = [*special, *added, *variables.values()]
+            right = all(type(i) is int and 0 <= i < MOST_TOKENS for i in ids) and all(isinstance(t, str) for t in texts)
+            right = right and "" not in special | added and all(isinstance(names, list) for names in flags.values())
+            if right and n_tokens > 0 and (image is None or image[1] in special):
+                return
+    raise ValueError("params.json: the tokenizer's settings are not as they should be: convert the checkpoint again")
 
 
 class StreamDecoder:

@@ -18,13 +18,13 @@ from functools import lru_cache, reduce
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from cli import command_for, log, one_line
+from cli import command_for, explain_bus_errors, log, one_line
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from checkpoint import write_checkpoint
+from checkpoint import check_args, write_checkpoint, write_whole
 from model import ModelArgs, Transformer
 from scripts.hf_tokenizer import convert_tokenizer, read_json
 from scripts.published_models import MODELS, named
@@ -120,6 +120,8 @@ def decoder_args(config: dict, **more) -> ModelArgs:
 
 
 def decoder_plan(args: ModelArgs, body: str = "model.", head: str = "lm_head.weight") -> Plan:
+    """Raises ValueError, before anything is made of them, for args (args.vision included) that no model has."""
+    check_args(args)
     plan = {"embedding.weight": Source([body + "embed_tokens.weight"]), "norm.weight": Source([body + "norm.weight"])}
     if not args.tie_embeddings:
         plan["output.weight"] = Source([head])
@@ -307,6 +309,7 @@ def read_pinpoints(pinpoints: list | str, tile: int) -> list[tuple[int, int]]:
     """Pairs of sides in pixels, from a list, its text, or "(1x1),...,(6x6)": all from first to last, in tiles."""
     if isinstance(pinpoints, str) and (corners := re.findall(r"\((\d+)x(\d+)\)", pinpoints)):
         (a, b), (c, d) = (map(int, corner) for corner in (corners[0], corners[-1]))
+        c, d = min(c, 99), min(d, 99)  # too many are refused later, not made
         pinpoints = [(i * tile, j * tile) for i in range(a, c + 1) for j in range(b, d + 1)]
     elif isinstance(pinpoints, str):
         pinpoints = re.findall(r"(\d+)\s*,\s*(\d+)", pinpoints)
@@ -497,6 +500,8 @@ def find_files(hub_dir: Path) -> dict[str, Path]:
             weight_map = read_json(index).get("weight_map")
             if not isinstance(weight_map, dict):
                 raise ValueError(f"{index} names no weights: download it again")
+            if wrong := [file for file in weight_map.values() if not isinstance(file, str) or Path(file).name != file]:
+                raise ValueError(f"{index} names {wrong[0]!r}, which is no file beside it: download it again")
             files = {key: hub_dir / file for key, file in weight_map.items()}
             if missing := sorted({file.name for file in files.values() if not file.exists()}):
                 raise ValueError(f"{hub_dir} lacks {', '.join(missing)}, named in {index.name}: download it again")
@@ -663,17 +668,18 @@ def convert(hub_dir: Path, model_name: str | None = None) -> Path:
     if not hub_dir.is_dir():
         raise ValueError(f"no such folder: {hub_dir}; download it first (scripts/download.py)")
     config = read_json(hub_dir / "config.json")
-    architecture = (config.get("architectures") or ["without a name"])[0]
-    if architecture not in ARCHITECTURES:
+    architecture = next(iter(named if isinstance(named := config.get("architectures"), list) else ()), "without a name")
+    if not isinstance(architecture, str) or architecture not in ARCHITECTURES:
         raise ValueError(f"architecture {architecture} is not supported; these are: {', '.join(ARCHITECTURES)}")
     if quantization := config.get("quantization_config"):
-        method = quantization.get("quant_method", "of an unknown method")
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+        method = method or "of an unknown method"
         raise ValueError(f"a quantized checkpoint ({method}): {CONVERT_THE_ORIGINAL}")
     try:
         args, plan, unused = ARCHITECTURES[architecture](config, hub_dir)
     except KeyError as error:
         raise ValueError(f"{hub_dir / 'config.json'} lacks {error}: download it again") from None
-    except (TypeError, AttributeError) as error:
+    except (TypeError, AttributeError, LookupError, ArithmeticError) as error:
         raise ValueError(f"{hub_dir / 'config.json'} is not as {architecture} has it ({error})") from None
     files = find_tensors(hub_dir, RENAMED.get(architecture, {}))
     keep_other_head(args, plan, files)
@@ -694,7 +700,7 @@ def convert(hub_dir: Path, model_name: str | None = None) -> Path:
     outline = {name: (shapes[name], stored_dtype(source, files)) for name, source in plan.items()}
     result = hub_dir / "model.pth"
     write_checkpoint(result, outline, tensors)
-    (hub_dir / "params.json").write_text(params)
+    write_whole(hub_dir / "params.json", params.encode())
     return result
 
 
@@ -703,6 +709,7 @@ def main() -> None:
     parser.add_argument("--checkpoint_dir", type=Path, required=True, help="a downloaded folder, and the results'")
     parser.add_argument("--model_name", help="refuse unless config.json is that of this row of published_models.py")
     args = parser.parse_args()
+    explain_bus_errors("convert_hf_checkpoint.py")
     try:
         result = convert(args.checkpoint_dir, args.model_name)
     except (ValueError, OSError) as error:

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import sentencepiece
 
-from tokenizer import ALPHABET, FORMAT, Tokenizer
+from checkpoint import write_whole
+from tokenizer import ALPHABET, FORMAT, MOST_TOKENS, Tokenizer
 
 SUPPORTED = "supported are the tokenizers of Llama-2 (SentencePiece), Llama-3 and Qwen2 (byte-level BPE)"
 QWEN_SPLIT = (
@@ -31,17 +32,36 @@ def convert_tokenizer(hub_dir: Path, out_dir: Path, image: tuple[str, str, str] 
     config = read_json(hub_dir / "tokenizer_config.json", optional=True)
     try:
         tokenizer = read_tokenizer(hub_dir, config)
+        check_tokenizer(tokenizer)
         variables = read_variables(hub_dir, config, tokenizer)
         settings = {"chat_template": read_template(hub_dir), "template_variables": variables, "image": image}
         settings |= read_tokens(tokenizer, {*variables.values()}, image)
         rules, proto = convert_vocabulary(tokenizer, hub_dir / "tokenizer.model", settings)
     except (LookupError, TypeError, AttributeError) as error:
         raise ValueError(f"{hub_dir}: the tokenizer's files are not laid out as expected: {error!r}") from error
-    (out_dir / "tokenizer.model").write_bytes(proto)
+    write_whole(out_dir / "tokenizer.model", proto)
     settings |= {"format": FORMAT, "stop_ids": [], **rules}
     end_of_turn = Tokenizer(out_dir / "tokenizer.model", settings).end_of_turn()  # refuses a template of no use
     stop_ids = find_stop_ids(hub_dir, settings["special_tokens"].get(variables.get("eos_token")), end_of_turn)
     return settings | {"stop_ids": stop_ids}
+
+
+def check_tokenizer(tokenizer: dict) -> None:
+    """Raises ValueError for a vocabulary that is none, or has an id far beyond its size: every id has a piece."""
+    model, entries = tokenizer["model"], tokenizer["added_tokens"]
+    vocabulary = [*model["vocab"].items(), *((entry["content"], entry["id"]) for entry in entries)]
+    most = len(vocabulary) + 2**16
+    if wrong := [each for each in vocabulary if not (isinstance(each[0], str) and each[0] and is_id(each[1], most))]:
+        raise ValueError(f"the tokenizer has the token {str(wrong[0][0])[:40]!r} with the id {str(wrong[0][1])[:40]}")
+    pairs = [merge.split(" ", 1) if isinstance(merge, str) else merge for merge in model["merges"]]
+    if wrong := [
+        pair for pair in pairs if not (isinstance(pair, list) and [type(text) for text in pair] == [str, str])
+    ]:
+        raise ValueError(f"the tokenizer has the merge {str(wrong[0])[:60]}, which is none of two tokens")
+
+
+def is_id(value: object, most: int) -> bool:
+    return type(value) is int and 0 <= value < most
 
 
 def read_tokens(tokenizer: dict, named: set[str], image: tuple[str, str, str] | None) -> dict:
@@ -87,7 +107,7 @@ def read_json(path: Path, optional: bool = False) -> dict:
         if isinstance(content := json.loads(path.read_text(encoding="utf-8")), dict):
             return content
         raise ValueError("an object is expected")
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON ({error}): download the checkpoint again") from None
 
 
@@ -172,9 +192,12 @@ def read_template(hub_dir: Path) -> str | None:
 def find_stop_ids(hub_dir: Path, *more: int | None) -> list[int]:
     """All that ends an answer: generation_config.json's and config.json's eos, then the others that are given."""
     contents = [read_json(hub_dir / name, optional=True) for name in ("generation_config.json", "config.json")]
-    found = [part.get("eos_token_id") for content in contents for part in (content, content.get("text_config") or {})]
-    ids = [i for eos in (*found, *more) for i in (eos if isinstance(eos, list) else [eos])]
-    return list(dict.fromkeys(i for i in ids if i is not None))
+    texts = [content.get("text_config") for content in contents]
+    found = [part.get("eos_token_id") for part in (*contents, *texts) if isinstance(part, dict)]
+    ids = [i for eos in (*found, *more) for i in (eos if isinstance(eos, list) else [eos]) if i is not None]
+    if wrong := [i for i in ids if not is_id(i, MOST_TOKENS)]:
+        raise ValueError(f"{hub_dir}: eos_token_id names {str(wrong[0])[:40]}, which is the id of no token")
+    return list(dict.fromkeys(ids))
 
 
 def refuse(what: str, found: object) -> None:

@@ -39,18 +39,77 @@ def read_results(path: Path) -> tuple[list[dict], int]:
     """
     data = path.read_bytes()
     complete = data[: data.rfind(b"\n") + 1]
-    return [read_line(path, i, line) for i, line in enumerate(complete.split(b"\n")[:-1], 1)], len(complete)
+    lines = [read_line(path, i, line) for i, line in enumerate(complete.split(b"\n")[:-1], 1)]
+    for i, line in enumerate(lines[1:], 2):
+        if line["variant"] not in lines[0]["variants"]:
+            raise ValueError(f"{path}, line {i} is of a variant that the first line does not name")
+    return lines, len(complete)
 
 
 def read_line(path: Path, i: int, line: bytes) -> dict:
-    needed = {"settings", "variants", "n_questions"} if i == 1 else {"id", "variant", "group"}
     try:
         value = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         value = None
-    if not isinstance(value, dict) or not needed <= value.keys():
+    if not isinstance(value, dict) or not (is_header(value) if i == 1 else is_answer(value)):
         raise ValueError(f"{path}, line {i} is not a line of evaluate.py's results")
     return value
+
+
+def is_figure(value: object) -> bool:
+    """A number that can be added up; NaN and infinity cannot."""
+    return isinstance(value, int | float) and type(value) is not bool and 0 <= value < 1e15
+
+
+def is_texts(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(text, str) for text in value)
+
+
+def is_header(line: dict) -> bool:
+    """What the first line has to be: all that is read of it."""
+    match line:
+        case {
+            "settings": {"bench_name": str()},
+            "variants": [str(), *_] as variants,
+            "n_questions": int(),
+            "judged": bool(),
+            "device": str(),
+            "versions": dict(),
+            "bandwidth_gb_per_s": bandwidth,
+        }:
+            return is_texts(variants) and is_figure(bandwidth) and bandwidth > 1e-6
+    return False
+
+
+def is_answer(line: dict) -> bool:
+    """What every other line has to be."""
+    names, lists = ("id", "variant", "group"), ("pictures", "question", "response", "all_choices")
+    answer = line.get("answer")
+    others = [line.get(name) for name in ("discipline", "error", "program_error")]
+    figures = [line.get(name) for name in ("tokens_per_s", "n_visual_tokens")]
+    given = "error" in line or is_figure(line.get("answer_s")) and line["answer_s"] > 0
+    return (
+        given
+        and all(isinstance(line.get(name), str) for name in names)
+        and all(text is None or isinstance(text, str) for text in others)
+        and all(isinstance(line.get(name, ""), str) or is_texts(line[name]) for name in lists)
+        and (answer is None or isinstance(answer, str) or is_texts(answer))
+        and all(number is None or is_figure(number) for number in figures)
+        and isinstance(line.get("correct", True), bool)
+        and isinstance(line.get("index2ans", {}), dict)
+        and isinstance(turns := line.get("turns", []), list)
+        and all(map(is_turn, turns))
+        and bool(line.get("all_choices") or not line.get("guessed"))
+    )
+
+
+def is_turn(turn: object) -> bool:
+    """The figures of one answer: see evaluate.figures."""
+    if not isinstance(turn, dict) or not {"n_decoded", "decode_s"} <= turn.keys():
+        return False
+    counts = turn.get("accept_counts", [])
+    others = [value for name, value in turn.items() if name not in ("accept_counts", "finish_reason")]
+    return isinstance(counts, list) and all(map(is_figure, [*counts, *others]))
 
 
 class Results:
@@ -67,16 +126,24 @@ class Results:
         if old and resume:
             check_same(path, old[0], header)
             self.header, self.lines = old[0], old[1:]
-        self.file = path.open("r+b" if self.lines else "wb")
+        self.file = path.open("r+b" if self.lines else "wb", buffering=0)
         if self.lines:
             self.file.seek(self.file.truncate(n_bytes))
         else:
             self.write(self.header)
 
     def write(self, line: dict) -> None:
-        if self.file:
-            self.file.write(json.dumps(line).encode() + b"\n")
-            self.file.flush()
+        """All of the line or, if the disk is full, nothing of it. Raises OSError."""
+        if not self.file:
+            return
+        data, start = json.dumps(line).encode() + b"\n", self.file.tell()
+        try:
+            if self.file.write(data) == len(data):
+                return
+            raise OSError("the disk is full")
+        except OSError as error:
+            self.file.truncate(start)
+            raise OSError(f"cannot write {self.file.name}: {error}; --resume goes on when there is room") from None
 
     def add(self, line: dict) -> None:
         self.write(line)

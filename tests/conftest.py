@@ -20,6 +20,7 @@ torch.set_num_threads(1)  # the models are too small to share
 
 def pytest_addoption(parser):
     parser.addoption("--device", default="cpu", help="where models run that are compared with transformers on the CPU")
+    parser.addoption("--fuzz", type=int, default=0, metavar="N", help="mutated inputs of tests/test_fuzz.py (2000)")
 
 
 def pytest_configure(config):

@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers
 
+from checkpoint import check_args
 from scripts import convert_hf_checkpoint
 from scripts.convert_hf_checkpoint import ARCHITECTURES, always_unused, build_tensor, expected_shapes
 from scripts.published_models import MODELS, named
@@ -126,3 +127,16 @@ def test_vision_config_of_fine_tunes_that_leave_defaults_out(folder):
     config["rope_scaling"] = {"mrope_section": [16, 24, 24], "rope_type": "default", "type": "default"}
     args, *_ = ARCHITECTURES[architecture](config, folder)
     assert args == named(name)
+
+
+def test_shapes_that_no_model_has_are_refused():
+    """Every published one is allowed; a wrong type, size or fit is named."""
+    for name in MODELS:
+        check_args(named(name))
+    right = named("Qwen2.5-VL-3B-Instruct")
+    vision = right.vision | {"full_layers": [31, 7]}
+    changes = [("n_layer", 10**9), ("dim", True), ("n_kv_head", 3), ("mrope_section", (1, 2, 3)), ("norm_eps", "x")]
+    changes += [("rope_base", float("nan")), ("rope_scaling", {"factor": "2"}), ("vision", vision), ("vision", {})]
+    for field, value in changes:
+        with pytest.raises(ValueError):
+            check_args(replace(right, **{field: value}))

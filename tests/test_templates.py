@@ -208,7 +208,14 @@ BAD = [
     ("{{ 9 ** 9 ** 9 }}", r"it computes with ** what may be too large"),
     ("{{ 'x' * 10 ** 1 }}", r"it computes with **"),
     ("{{ [0] * 99999999999 }}", "it computes with *"),
+    ("{% set n = namespace(x=99) %}{% for i in range(60) %}{% set n.x = n.x * n.x %}{% endfor %}", "computes with *"),
 ]
+if Path("/proc/self/statm").exists():  # where memory can be limited
+    BAD += [
+        ("{% set n = namespace(x='x') %}{% for i in range(40) %}{% set n.x = n.x ~ n.x %}{% endfor %}", "much memory"),
+        ("{{ messages[0].role.ljust(9999999999) }}", "too much memory"),
+        ("{{ '%9999999999d' % 1 }}", "memory"),
+    ]
 
 
 @pytest.mark.parametrize("template, mistake", BAD)
