@@ -1,4 +1,4 @@
-"""README.md, CONTRIBUTING.md and docs/: what they name exists, and their figures are those of benchmarks/."""
+"""README.md, CONTRIBUTING.md, SECURITY.md, docs/: what they name exists, their figures are those of benchmarks/."""
 
 import importlib
 import json
@@ -12,10 +12,10 @@ import generate
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").glob("*.md"))]
 TEST_COMMAND = next(line.strip() for line in README.splitlines() if "pytest" in line and line.startswith("    pip"))
 # Flags of other programs.
-FOREIGN = {"--standalone", "--nproc_per_node", "--check", "--help"}
+FOREIGN = {"--standalone", "--nproc_per_node", "--check", "--help", "--fuzz"}
 
 
 def help_of(main, capsys) -> str:
