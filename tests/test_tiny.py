@@ -15,15 +15,15 @@ import torch
 import cpu
 from generate import DEFAULT_IMAGE, Sampling, generate, load, verify
 from quantize import quantize_in_place
-from scripts.tasks.scenes import LONG_SHARE, held_out_questions
+from scripts.tasks.scenes import held_out_questions
 
 ROOT = Path(__file__).resolve().parent.parent
 N_QUESTIONS = 200  # as many as in training.json, whose figures are those of transformers
-OTHERS = {  # of 100 held-out questions, the least number of right answers, and the share of long ones
-    "tiny-llava-onevision": (76, LONG_SHARE),
-    "tiny-llava-onevision-draft": (62, LONG_SHARE),
-    "tiny-llama-3.2-vision": (80, 0.0),  # trained before the corpus had lists
-    "tiny-llama-3.2-vision-draft": (55, 0.0),
+OTHERS = {  # of 100 held-out questions, the least number of right answers
+    "tiny-llava-onevision": 76,
+    "tiny-llava-onevision-draft": 62,
+    "tiny-llama-3.2-vision": 76,
+    "tiny-llama-3.2-vision-draft": 66,
 }
 
 
@@ -44,9 +44,8 @@ def answers(engine, tokenizer, image, prompt: str, reply: str) -> bool:
     return [first, *rest[:-1]] == tokens and rest[-1] in tokenizer.stop_ids
 
 
-def count_right(engine, tokenizer, n_questions: int, **which) -> int:
-    questions = held_out_questions(n_questions, **which)
-    return sum(answers(engine, tokenizer, s.image, q.prompt, q.reply) for s, q in questions)
+def count_right(engine, tokenizer, n_questions: int) -> int:
+    return sum(answers(engine, tokenizer, s.image, q.prompt, q.reply) for s, q in held_out_questions(n_questions))
 
 
 def test_what_is_counted_is_what_is_generated():
@@ -69,11 +68,10 @@ def test_held_out_questions(path, least, capsys):
     assert right >= least * N_QUESTIONS
 
 
-@pytest.mark.parametrize("name", OTHERS)
-def test_other_families(name):
+@pytest.mark.parametrize("name, least", OTHERS.items())
+def test_other_families(name, least):
     """Fewer questions: these pairs are here to be measured with, and each has its training.json."""
-    least, long_share = OTHERS[name]
-    assert count_right(*load(ROOT / "checkpoints" / name / "model.pth"), 100, long_share=long_share) >= least
+    assert count_right(*load(ROOT / "checkpoints" / name / "model.pth"), 100) >= least
 
 
 FORMATS = {("int8", 128): 1, ("fp8", 128): 3, ("int4", 32): 3, ("int4", 128): 3}
@@ -93,7 +91,7 @@ def test_quantized_held_out_questions(capsys):
         assert found >= whole - points / 100 * N_QUESTIONS
 
 
-@pytest.mark.parametrize("name", ["tiny-qwen2.5-vl", "tiny-llava-onevision"])
+@pytest.mark.parametrize("name", ["tiny-qwen2.5-vl", "tiny-llava-onevision", "tiny-llama-3.2-vision"])
 def test_shape_of_the_pairs(name):
     """The target is deep, and its draft has two layers: what a draft is for."""
     files = [ROOT / "checkpoints" / folder / "params.json" for folder in (name, f"{name}-draft")]

@@ -88,14 +88,11 @@ def make_scene(seed: int) -> Scene:
     return scene
 
 
-def held_out_questions(n: int, long_share: float = LONG_SHARE):
-    """Yields n pairs (scene, question) from seeds that no training has seen: one a scene, its kind drawn first.
-
-    long_share: of the questions, those with a long answer.
-    """
+def held_out_questions(n: int):
+    """Yields n pairs (scene, question) from seeds that no training has seen: one a scene, its kind drawn first."""
     for seed in range(HELD_OUT_SEED, HELD_OUT_SEED + n):
         scene, rng = make_scene(seed), Random(f"kind {seed}")
-        questions = scene.long_questions if rng.random() < long_share else scene.questions
+        questions = scene.long_questions if rng.random() < LONG_SHARE else scene.questions
         kind = rng.choice(sorted({question.kind for question in questions}))
         yield scene, next(question for question in questions if question.kind == kind)
 

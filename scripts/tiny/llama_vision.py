@@ -72,7 +72,7 @@ class LlamaVision(Family):
         ),
         "draft": Recipe(
             shape={"text": text_shape(64, 2, 192), "cross": [1], "vision": vision},
-            steps=900,
+            steps=600,
             learning_rate=3e-3,
             warmup=50,
             batch=8,
