@@ -87,9 +87,9 @@ def is_answer(line: dict) -> bool:
     answer = line.get("answer")
     others = [line.get(name) for name in ("discipline", "error", "program_error")]
     figures = [line.get(name) for name in ("tokens_per_s", "n_visual_tokens")]
-    given = "error" in line or is_figure(line.get("answer_s")) and line["answer_s"] > 0
+    given = is_figure(line.get("answer_s")) and line["answer_s"] > 0 and line.keys() >= {"tokens_per_s", "response"}
     return (
-        given
+        (given or "error" in line and "turns" not in line)
         and all(isinstance(line.get(name), str) for name in names)
         and all(text is None or isinstance(text, str) for text in others)
         and all(isinstance(line.get(name, ""), str) or is_texts(line[name]) for name in lists)

@@ -26,8 +26,8 @@ from tests.helpers.pictures import draw
 
 # What each target gets of 1000 inputs: those that are quick get more.
 SHARES = {
-    "pictures": 560,
-    "requests": 120,
+    "pictures": 600,
+    "requests": 80,
     "requests, bytes": 80,
     "params.json": 24,
     "tokenizer.model": 20,
