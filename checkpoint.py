@@ -143,9 +143,9 @@ def write_checkpoint(path: Path, shapes: dict[str, tuple], tensors: Iterable[tup
     shapes: name -> (shape, dtype). The file appears under its name when it is complete. Raises OSError (disk full).
     """
     part = path.with_name(path.name + ".part")
+    n_bytes = sum(torch.empty(shape, dtype=dtype, device="meta").nbytes for shape, dtype in shapes.values())
+    check_space(path.parent, n_bytes)  # before memory is asked for
     outline = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in shapes.items()}  # never touched
-    n_bytes = sum(tensor.nbytes for tensor in outline.values())
-    check_space(path.parent, n_bytes)
     try:
         try:
             with torch.serialization.skip_data():
