@@ -92,7 +92,10 @@ class Engine:
         if n_slots > n_now:  # doubled, so that a growing conversation seldom has to be prefilled again
             n_slots = self.max_cache_size or max(round_up(n_slots, CACHE_BUCKET), 2 * n_now, gpu.first_size(self.model))
         if n_slots > n_now or n_cross > self.model.n_cross:
-            self.model.setup_caches(max(n_slots, n_now), max(cross_size, self.model.n_cross))
+            try:
+                self.model.setup_caches(max(n_slots, n_now), max(cross_size, self.model.n_cross))
+            except (RuntimeError, MemoryError) as error:  # on a CPU, PyTorch has no class of its own for it
+                raise ValueError(f"caches for {n_slots} tokens do not fit into memory ({one_line(error)})") from error
             gpu.report_caches(self.model, log)
         return n_new
 

@@ -242,6 +242,7 @@ def test_bad_image(run, tmp_path, kind):
         (["--prompt", "a <image> b", "--image", "{small}", "--image", "{small}"], "placeholder"),
         (["--prompt", "5000"], "context"),
         (["--prompt", "100", "--max_cache_size", "64"], "--max_cache_size"),
+        (["--prompt", "100", "--max_cache_size", "9" * 16], "do not fit into memory"),
         (["--prompt", "Hi", "--device", "abacus"], "--device"),
         (["--prompt", "Hi", "--device", "cuda:77"], "--device"),
         (["--prompt", "Hi", "--dtype", "int3"], "--dtype"),
