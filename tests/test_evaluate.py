@@ -18,6 +18,7 @@ from scripts import results
 from scripts.tasks import human_eval
 from scripts.tasks.questions import BENCHMARKS
 from tests.helpers import bench
+from tests.helpers.processes import heed_interrupts
 from vision import Pruning
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -331,11 +332,6 @@ def test_half_a_line_is_written_again(run, slow_mmmu, tmp_path):
         output.write_bytes(data[:cut])
         status, summary, _ = run(*slow_mmmu, "--output", output, "--resume")
         assert status == 0 and lasting(summary) == expected and len(read(output)) == 31
-
-
-def heed_interrupts() -> None:
-    """A shell that starts the tests in the background makes them, and their children, deaf to Ctrl-C."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 @pytest.mark.parametrize("sign, expected", [(signal.SIGKILL, -9), (signal.SIGINT, 130)])

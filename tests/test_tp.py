@@ -24,6 +24,7 @@ from scripts.convert_hf_checkpoint import convert
 from scripts.published_models import MODELS, named
 from tests.helpers import hub, rank
 from tests.helpers.checkpoints import MAKERS
+from tests.helpers.processes import heed_interrupts
 
 ROOT = Path(__file__).resolve().parent.parent
 FAMILIES = [name for name in MAKERS if name != "llava-384"]
@@ -225,6 +226,7 @@ def start(
         pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | pipes
         folder = folders[i] if folders else ROOT
         line = [sys.executable, *map(str, command)]
+        pipes["preexec_fn"] = heed_interrupts
         processes.append(subprocess.Popen(line, env=shared | ids, cwd=folder, text=True, **pipes))
     return processes
 
