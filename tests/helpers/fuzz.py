@@ -13,6 +13,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -92,7 +93,7 @@ def mutate_json(rng: random.Random, value, others: list) -> bytes:
             case 4 if type(container[key]) in (int, float):
                 container[key] = rng.choice((-1, 0, 0.5, 2, 3, 1000, 10**7, 10**12)) * container[key]
             case _:
-                container[key] = rng.choice(ODD)
+                container[key] = deepcopy(rng.choice(ODD))  # or a later change would change it for all
     data = json.dumps(value).encode()
     return mutate_bytes(rng, data, [data]) if rng.random() < 0.1 else data
 
