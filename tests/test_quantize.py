@@ -241,7 +241,7 @@ def test_compiled_equals_eager(quantized, mode, device, dtype):
         engine, tokenizer = generate.load(quantized("qwen2", mode), device=device, dtype=dtype)
         if compiled:
             generate.compile_steps(engine)
-            if dtype == torch.float32:
+            if (mode, dtype) == ("int4", torch.float32):  # one is enough for the slowest to compile
                 generate.compile_layers(engine)
         logits.append(logits_of(engine, tokenizer))
     assert relative(*logits) < (1e-4 if dtype == torch.float32 else 0.05)

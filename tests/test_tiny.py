@@ -4,7 +4,7 @@ import json
 import subprocess
 import sys
 import time
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 from cli import DEFAULT_CHECKPOINT, DEFAULT_DRAFT
@@ -36,7 +36,7 @@ def encode(tokenizer, prompt: str) -> list[int]:
 def answers(engine, tokenizer, image, prompt: str, reply: str) -> bool:
     """Whether the greedy answer is the reply and then stops, found out in two forward passes: prefill and verify."""
     tokens, n_tokens = tokenizer.encode(reply), engine.model.args.n_tokens
-    engine.forget()
+    engine.cached.fill([])  # its image features stay: the next format's engine takes them over
     built = engine.build_prompt(encode(tokenizer, prompt), [image])
     engine.reserve(built, len(tokens) + 1)
     first = engine.prefill(built)[:, :n_tokens].argmax().item()
@@ -45,7 +45,12 @@ def answers(engine, tokenizer, image, prompt: str, reply: str) -> bool:
 
 
 def count_right(engine, tokenizer, n_questions: int) -> int:
-    return sum(answers(engine, tokenizer, s.image, q.prompt, q.reply) for s, q in held_out_questions(n_questions))
+    return sum(answers(engine, tokenizer, s.image, q.prompt, q.reply) for s, q in questions(n_questions))
+
+
+@cache
+def questions(n: int) -> list:
+    return list(held_out_questions(n))
 
 
 def test_what_is_counted_is_what_is_generated():
@@ -79,12 +84,13 @@ FORMATS = {("int8", 128): 1, ("fp8", 128): 3, ("int4", 32): 3, ("int4", 128): 3}
 
 def test_quantized_held_out_questions(capsys):
     """Small weights cost no more than so many points of the target's accuracy."""
-    whole = count_right(*load(DEFAULT_CHECKPOINT), N_QUESTIONS)
+    original, tokenizer = load(DEFAULT_CHECKPOINT)
+    whole = count_right(original, tokenizer, N_QUESTIONS)
     for (mode, group), points in FORMATS.items():
         engine, tokenizer = load(DEFAULT_CHECKPOINT, optimize=False)
         quantize_in_place(engine.model, mode, group, torch.bfloat16)
-        for part in (engine.model, engine.encoder):
-            cpu.prepare(part)
+        cpu.prepare(engine.model)
+        engine.encoded = original.encoded
         found = count_right(engine, tokenizer, N_QUESTIONS)
         with capsys.disabled():
             print(f"\n{mode} (groups of {group}): {found} of {N_QUESTIONS} held-out questions, bfloat16: {whole}")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -283,6 +284,8 @@ PICTURED = ["qwen2.5-vl", "llava-hf", "llama-3.2-vision"]
 def test_processes(checkpoint, pictures, tmp_path, n):
     """Logits and texts: families, quantized ones, drafts, pruning; sampled texts too, with the same seed."""
     cases = make_cases(checkpoint, pictures)
+    if n == 3:  # uneven for every model; the formats, and drawing, are tried with 2 and 4 ranks
+        cases = {name: case for name, case in cases.items() if not re.search("int|fp8|bfloat16|sampled|top_k", name)}
     found = dict(zip(cases, zip(*in_processes(tmp_path, n, list(cases.values())))))
     for name, results in found.items():
         compare(name, rank.answer(cases[name]), results)
