@@ -204,8 +204,11 @@ def check_space(folder: Path, n_bytes: int) -> None:
 
 def show_progress(label: str, tensors: Iterable[tuple[str, Tensor]], n_bytes: int) -> Iterator[tuple[str, Tensor]]:
     """The tensors; a bar on stderr, if that is a terminal, shows bytes, their rate, and the time that is left."""
-    from huggingface_hub.utils import tqdm  # only who writes a checkpoint needs it
-
+    try:
+        from huggingface_hub.utils import tqdm
+    except ImportError:  # only downloads cannot do without it
+        yield from tensors
+        return
     with tqdm(desc=label, total=n_bytes, unit="B", unit_scale=True, disable=None) as bar:
         for name, tensor in tensors:
             yield name, tensor

@@ -94,8 +94,14 @@ class Engine:
         if n_slots > n_now or n_cross > self.model.n_cross:
             try:
                 self.model.setup_caches(max(n_slots, n_now), max(cross_size, self.model.n_cross))
-            except (RuntimeError, MemoryError) as error:  # on a CPU, PyTorch has no class of its own for it
-                raise ValueError(f"caches for {n_slots} tokens do not fit into memory ({one_line(error)})") from error
+            except (RuntimeError, MemoryError) as error:
+                known = self.device.type == "cpu" or isinstance(
+                    error, torch.OutOfMemoryError
+                )  # CPUs raise RuntimeError
+                if not known or self.ranks.n_ranks > 1:  # the other ranks are waiting
+                    raise
+                what = f"caches for {n_slots} tokens do not fit into memory: give a smaller --max_cache_size"
+                raise ValueError(f"{what} ({one_line(error)})") from error
             gpu.report_caches(self.model, log)
         return n_new
 
@@ -501,9 +507,8 @@ def report_gain(engine: Engine, tokenizer: Tokenizer, request: dict, args: argpa
         engine.forget()
         speeds += [answer(engine, tokenizer, request, draft=draft, **answer_options(args))["tokens_per_s"]]
     with_draft, alone = speeds
-    log(
-        f"again: {with_draft:.0f} tokens/s with the draft, {alone:.0f} without it: {with_draft / alone:.2f} x", dim=True
-    )
+    gain = f"{with_draft / alone:.2f} x" if alone else "an answer of one token"
+    log(f"again: {with_draft:.0f} tokens/s with the draft, {alone:.0f} without it: {gain}", dim=True)
 
 
 def run_requests(engine: Engine, tokenizer: Tokenizer, args: argparse.Namespace) -> int:

@@ -1,5 +1,5 @@
 """What GPUs do otherwise than CPUs: attention that splits the keys of a compiled step, greedy decoding on the device,
-time measured without waiting.
+caches that do not grow, weights uploaded through pinned memory, time measured without waiting.
 
 Knows CUDA graphs, what Inductor makes of a step, and how time is measured on a device. Does not know how weights are
 quantized (quantize.py), nor requests.

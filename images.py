@@ -33,9 +33,9 @@ SIZES = ("min_pixels", "max_pixels", "resized_height", "resized_width")  # what 
 def load_image(source: str | Path | IO[bytes]) -> Image.Image:
     """The RGB image of a path, a data URL or an open file: EXIF orientation applied, transparency put onto white.
 
-    Raises ValueError, one line, for what is not a readable image of FORMATS.
+    An open file is closed. Raises ValueError, one line, for what is not a readable image of FORMATS.
     """
-    name = str(source) if len(str(source)) <= 200 else str(source)[:40] + "..."
+    name = str(source)[:40] + "..." if str(source).startswith("data:") else str(source)
     try:
         with silent_decoders(), open_source(source) as file:
             return to_rgb(open_picture(file))

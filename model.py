@@ -297,6 +297,7 @@ class Transformer(nn.Module):
     def setup_caches(self, n_slots: int, n_cross: int = 0) -> None:
         """Room for n_slots tokens, and for n_cross image features under cross-attention. Cached tokens are lost."""
         device, dtype = self.norm.weight.device, self.norm.weight.dtype
+        self.cached = CachedTokens(0)  # also if there is no room for all of it
         for module in self.modules():
             if isinstance(module, CachedAttention):  # one more than n_slots: see self.slots
                 module.setup_cache(n_cross if isinstance(module, CrossAttention) else n_slots + 1, device, dtype)

@@ -9,6 +9,7 @@ import json
 import random
 import re
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -28,6 +29,7 @@ REQUEST_TYPES |= dict(max_new_tokens=int, date_string=str)  # what --requests ma
 IMAGE_KEYS = ("path", "image", "min_pixels", "max_pixels", "resized_height", "resized_width")  # of an image part
 # What a chat template may take of the processor and, where the system can say so, of memory; and what it may write.
 TEMPLATE_SECONDS, TEMPLATE_BYTES, TEMPLATE_CHARACTERS = 0.5, 2**28, 10_000_000
+ONE_AT_A_TIME = threading.RLock()  # the memory is limited for the whole process
 LARGE = 2**4000  # an integer that a template does not multiply
 PROBE, PRIVATE_USE = chr(0xF0000), range(0xF0001, 0xFFFFE)  # code points without a meaning
 NO_PREFIX = b"\x1a\x02\x18\x00"  # normalizer_spec.add_dummy_prefix = false: in a protobuf the last word counts
@@ -141,13 +143,14 @@ def bounded() -> Iterator[None]:
             raise TimeoutError(f"it runs for more than {TEMPLATE_SECONDS} seconds")
         return watch
 
-    restore = limit_memory(TEMPLATE_BYTES)
-    try:
-        sys.settrace(watch)
-        yield
-    finally:
-        sys.settrace(tracer)
-        restore()
+    with ONE_AT_A_TIME:
+        restore = limit_memory(TEMPLATE_BYTES)
+        try:
+            sys.settrace(watch)
+            yield
+        finally:
+            sys.settrace(tracer)
+            restore()
 
 
 def limit_memory(n_bytes: int) -> Callable[[], None]:
@@ -194,8 +197,9 @@ class ChatTemplate:
         self.source = re.sub(r"({%[-+]?\s*)generation\b", r"\1if true", source)
         self.source = re.sub(r"({%[-+]?\s*)endgeneration\b", r"\1endif", self.source)
         try:
+            environment = template_environment()  # the first one imports Jinja
             with bounded():
-                self.template = template_environment().from_string(self.source)
+                self.template = environment.from_string(self.source)
         except Exception as error:  # mostly jinja2.TemplateSyntaxError; Python's compiler has limits of its own
             raise ValueError(f"the chat template does not parse: {str(error) or type(error).__name__}") from error
         # What it writes around messages: three of one character, without which it is a template of its own kind.

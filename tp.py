@@ -285,12 +285,17 @@ class Ranks(OneProcess):
         for rank, other in enumerate(settings):
             if different := [name for name, value in settings[0].items() if other.get(name) != value]:
                 raise ValueError(f"{different[0]} is not the same on rank {rank} as on rank 0")
-        backend, limit, stdout = "nccl" if gpu else "gloo", timedelta(seconds=LIMIT_S), os.dup(1)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # PyTorch 2.8's gloo greets on stdout, even if it connects lazily
-        dist.init_process_group(
-            backend, store=self.store, rank=self.rank, world_size=self.n_ranks, timeout=limit, device_id=gpu
-        )
-        os.dup2(stdout, 1)
+        backend, limit = "nccl" if gpu else "gloo", timedelta(seconds=LIMIT_S)
+        stdout, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, 1)  # PyTorch 2.8's gloo greets on stdout, even if it connects lazily
+        try:
+            dist.init_process_group(
+                backend, store=self.store, rank=self.rank, world_size=self.n_ranks, timeout=limit, device_id=gpu
+            )
+        finally:
+            os.dup2(stdout, 1)
+            os.close(stdout)
+            os.close(nowhere)
 
     def fail(self, error: Exception) -> Exception:
         """What this rank raises after error: if a collective has failed, the mistake that ended another rank.

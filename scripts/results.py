@@ -108,7 +108,10 @@ def is_turn(turn: object) -> bool:
     if not isinstance(turn, dict) or not {"n_decoded", "decode_s"} <= turn.keys():
         return False
     counts = turn.get("accept_counts", [])
-    others = [value for name, value in turn.items() if name not in ("accept_counts", "finish_reason")]
+    # rest_s is what other times leave of the whole: with two devices they may overlap, and it is below 0.
+    others = [value for name, value in turn.items() if name not in ("accept_counts", "finish_reason", "rest_s")]
+    rest = turn.get("rest_s", 0.0)
+    others += [abs(rest) if isinstance(rest, float) else rest]
     return isinstance(counts, list) and all(map(is_figure, [*counts, *others]))
 
 
