@@ -219,8 +219,8 @@ def start(
 ) -> list:
     """n ranks without torchrun; each may have a working folder of its own. limit: of a collective, in seconds."""
     shared = os.environ | {"WORLD_SIZE": str(n), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port or free_port())}
-    # The store is rank 0's here, where torchrun would serve it: PyTorch warns those who lose it.
-    shared |= {"OMP_NUM_THREADS": "1", "COLLECTIVE_TIMEOUT_S": str(limit), "TORCH_CPP_LOG_LEVEL": "ERROR"}
+    # The store is rank 0's here, where torchrun would serve it: PyTorch, and gloo, report to those who lose it.
+    shared |= {"OMP_NUM_THREADS": "1", "COLLECTIVE_TIMEOUT_S": str(limit), "TORCH_CPP_LOG_LEVEL": "FATAL"}
     processes = []
     for i in range(n):
         ids = {"RANK": str(i), "LOCAL_RANK": str(i)}
