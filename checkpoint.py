@@ -9,6 +9,7 @@ import mmap
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -142,11 +143,10 @@ def write_checkpoint(path: Path, shapes: dict[str, tuple], tensors: Iterable[tup
 
     shapes: name -> (shape, dtype). The file appears under its name when it is complete. Raises OSError (disk full).
     """
-    part = path.with_name(path.name + ".part")
     n_bytes = sum(torch.empty(shape, dtype=dtype, device="meta").nbytes for shape, dtype in shapes.values())
     check_space(path.parent, n_bytes)  # before memory is asked for
     outline = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in shapes.items()}  # never touched
-    try:
+    with replacing(path) as part:
         try:
             with torch.serialization.skip_data():
                 torch.save(outline, part)
@@ -158,24 +158,28 @@ def write_checkpoint(path: Path, shapes: dict[str, tuple], tensors: Iterable[tup
         for name, tensor in show_progress(path.name, tensors, n_bytes):
             mapped[name].copy_(tensor)
         del mapped
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def write_whole(path: Path, data: bytes) -> None:
     """Write a small file, which appears under its name when it is complete."""
+    with replacing(path) as part:
+        part.write_bytes(data)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Where to write what takes the name path when it is complete. After an error nothing is left."""
     part = path.with_name(path.name + ".part")
     try:
-        part.write_bytes(data)
+        yield part
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
 
 
-def stamp(path: Path) -> tuple[int, int, int]:
-    """Another one after the file was replaced or written to."""
-    found = path.stat()
+def stamp(file: Path | int) -> tuple[int, int, int]:
+    """Of a path, or of a descriptor: another one after the file was replaced (a path only) or written to."""
+    found = os.stat(file)
     return found.st_ino, found.st_size, found.st_mtime_ns
 
 
@@ -185,11 +189,10 @@ def watch(path: Path) -> Callable[[], None]:
     A file that takes its name does not matter: the mapped one lives on.
     """
     file = path.open("rb")
-    before = os.fstat(file.fileno())
+    before = stamp(file.fileno())
 
     def check() -> None:
-        now = os.fstat(file.fileno())
-        if (now.st_size, now.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
+        if stamp(file.fileno()) != before:
             raise ValueError(f"{path} was written to while it was in use: start again")
 
     return check

@@ -92,18 +92,20 @@ class Engine:
         if n_slots > n_now:  # doubled, so that a growing conversation seldom has to be prefilled again
             n_slots = self.max_cache_size or max(round_up(n_slots, CACHE_BUCKET), 2 * n_now, gpu.first_size(self.model))
         if n_slots > n_now or n_cross > self.model.n_cross:
-            try:
-                self.model.setup_caches(max(n_slots, n_now), max(cross_size, self.model.n_cross))
-            except (RuntimeError, MemoryError) as error:
-                known = self.device.type == "cpu" or isinstance(
-                    error, torch.OutOfMemoryError
-                )  # CPUs raise RuntimeError
-                if not known or self.ranks.n_ranks > 1:  # the other ranks are waiting
-                    raise
-                what = f"caches for {n_slots} tokens do not fit into memory: give a smaller --max_cache_size"
-                raise ValueError(f"{what} ({one_line(error)})") from error
-            gpu.report_caches(self.model, log)
+            self.setup_caches(max(n_slots, n_now), max(cross_size, self.model.n_cross))
         return n_new
+
+    def setup_caches(self, n_slots: int, n_cross: int) -> None:
+        """The model's; ValueError if they do not fit into memory, unless other ranks wait, who have to learn of it."""
+        out_of_memory = RuntimeError if self.device.type == "cpu" else torch.OutOfMemoryError  # CPUs have no own class
+        try:
+            self.model.setup_caches(n_slots, n_cross)
+        except (out_of_memory, MemoryError) as error:
+            if self.ranks.n_ranks > 1:
+                raise
+            what = f"caches for {n_slots} tokens do not fit into memory: give a smaller --max_cache_size"
+            raise ValueError(f"{what} ({one_line(error)})") from error
+        gpu.report_caches(self.model, log)
 
     def forget(self) -> None:
         """The next prompt starts afresh, as in a new process."""
@@ -539,7 +541,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     if args.prompt is None and not args.interactive and args.requests is None:
         if args.checkpoint_path != cli.DEFAULT_CHECKPOINT and not args.image:
             raise ValueError("nothing to do: give --prompt, --image, --requests or --interactive")
-        args.is_tour, args.image, args.prompt = not args.image, args.image or [str(DEFAULT_IMAGE)], DEFAULT_PROMPT
+        args.is_tour = not args.image
+        args.image, args.prompt = args.image or [str(DEFAULT_IMAGE)], DEFAULT_PROMPT
     return args
 
 

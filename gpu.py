@@ -161,7 +161,7 @@ def report_caches(transformer: model.Transformer, log: Callable[[str], None]) ->
     """One line about caches that were made, once for all prompts, on a GPU."""
     caches = [buffer for name, buffer in transformer.named_buffers() if name.endswith("_cache")]
     if not caches[0].is_cpu:
-        n_bytes = sum(cache.numel() * cache.element_size() for cache in caches)
+        n_bytes = sum(cache.nbytes for cache in caches)
         log(f"caches for {transformer.cached.n_slots} tokens: {n_bytes / 1e9:.2f} GB (--max_cache_size)")
 
 

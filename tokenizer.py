@@ -517,6 +517,10 @@ def find_images(messages: Sequence[dict]) -> list[dict]:
     return parts
 
 
+def is_id(value: object, most: int = MOST_TOKENS) -> bool:
+    return type(value) is int and 0 <= value < most
+
+
 def check_settings(settings: dict) -> None:
     """Raises ValueError for settings that are not as Tokenizer describes them."""
     match settings:
@@ -540,7 +544,7 @@ def check_settings(settings: dict) -> None:
         }:
             ids = [n_tokens, *stop_ids, *special.values(), *added.values(), *([] if bos_id is None else [bos_id])]
             texts = [*special, *added, *variables.values()]
-            right = all(type(i) is int and 0 <= i < MOST_TOKENS for i in ids) and all(isinstance(t, str) for t in texts)
+            right = all(map(is_id, ids)) and all(isinstance(t, str) for t in texts)
             right = right and "" not in special | added and all(isinstance(names, list) for names in flags.values())
             if right and n_tokens > 0 and (image is None or image[1] in special):
                 return

@@ -10,7 +10,6 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from checkpoint import check_space
 
 WANTED = ["*.json", "*.jinja", "tokenizer.model", "original/tokenizer.model", "merges.txt"]
 
@@ -30,6 +29,8 @@ def download(repo_id: str, download_dir: Path, token: str | None) -> Path:
     """
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.utils import logging
+
+    from checkpoint import check_space  # with PyTorch, for which --help and wrong flags need not wait
 
     logging.set_verbosity_error()  # a retry does not concern the user, the last error does
     files = HfApi(token=token).model_info(repo_id, files_metadata=True).siblings or []

@@ -12,7 +12,7 @@ from pathlib import Path
 import sentencepiece
 
 from checkpoint import write_whole
-from tokenizer import ALPHABET, FORMAT, MOST_TOKENS, Tokenizer
+from tokenizer import ALPHABET, FORMAT, Tokenizer, is_id
 
 SUPPORTED = "supported are the tokenizers of Llama-2 (SentencePiece), Llama-3 and Qwen2 (byte-level BPE)"
 QWEN_SPLIT = (
@@ -58,10 +58,6 @@ def check_tokenizer(tokenizer: dict) -> None:
         pair for pair in pairs if not (isinstance(pair, list) and [type(text) for text in pair] == [str, str])
     ]:
         raise ValueError(f"the tokenizer has the merge {str(wrong[0])[:60]}, which is none of two tokens")
-
-
-def is_id(value: object, most: int) -> bool:
-    return type(value) is int and 0 <= value < most
 
 
 def read_tokens(tokenizer: dict, named: set[str], image: tuple[str, str, str] | None) -> dict:
@@ -195,7 +191,7 @@ def find_stop_ids(hub_dir: Path, *more: int | None) -> list[int]:
     texts = [content.get("text_config") for content in contents]
     found = [part.get("eos_token_id") for part in (*contents, *texts) if isinstance(part, dict)]
     ids = [i for eos in (*found, *more) for i in (eos if isinstance(eos, list) else [eos]) if i is not None]
-    if wrong := [i for i in ids if not is_id(i, MOST_TOKENS)]:
+    if wrong := [i for i in ids if not is_id(i)]:
         raise ValueError(f"{hub_dir}: eos_token_id names {str(wrong[0])[:40]}, which is the id of no token")
     return list(dict.fromkeys(ids))
 

@@ -224,11 +224,11 @@ def start(
     processes = []
     for i in range(n):
         ids = {"RANK": str(i), "LOCAL_RANK": str(i)}
-        pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | pipes
+        streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | pipes
         folder = folders[i] if folders else ROOT
         line = [sys.executable, *map(str, command)]
-        pipes["preexec_fn"] = heed_interrupts
-        processes.append(subprocess.Popen(line, env=shared | ids, cwd=folder, text=True, **pipes))
+        options = {"env": shared | ids, "cwd": folder, "text": True, "preexec_fn": heed_interrupts, **streams}
+        processes.append(subprocess.Popen(line, **options))
     return processes
 
 
