@@ -10,6 +10,10 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <memory>
+#include <stdexcept>
+#include <string>
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <type_traits>
 #include <utility>
 #include <vector>
@@ -78,6 +82,15 @@ inline ints load_pairs(const bfloat16* p, int64_t n) {  // n: numbers left in th
     return pairs;
 }
 
+// Back to pairs, rounded to the nearest, ties to even.
+inline ints narrow(floats even, floats odd) {
+    const auto round = [](floats x) {
+        const ints bits = (ints)x;
+        return bits + ((x == x) & (0x7fff + (bits >> 16 & 1)));  // the sum could make an infinity of a NaN
+    };
+    return (round(even) >> 16 & 0xffff) | (round(odd) & (int32_t)0xffff0000);
+}
+
 inline float sum_lanes(floats x) {
     float parts[LANES];
     store(parts, x);
@@ -101,6 +114,7 @@ inline void with_constant(int64_t n, Function run) {  // run(n), n from 1 to 6, 
 // Calls run(i) for i below n, in shares of successive ones. This is GCC's `#pragma omp parallel`, called by hand because
 // clang's calls another library than PyTorch's: the same threads do both.
 extern "C" void GOMP_parallel(void (*run)(void*), void* data, unsigned threads, unsigned flags);
+extern "C" int omp_get_max_threads();  // torch.get_num_threads()
 
 template <class Function>
 void parallel(int threads, int64_t n, int64_t share, Function run) {
@@ -210,7 +224,7 @@ struct Bfloat16 {
         };
         for (; i + 2 * LANES <= last; i += 2 * LANES) {
             if (i % 32 == 0)
-                UNROLL for (int r = 0; r < ROWS; r++) __builtin_prefetch(w + r * k + i + ahead);
+                UNROLL for (int r = 0; r < ROWS; r++) __builtin_prefetch(w + r * k + i + ahead, 0, 0);
             add([](const bfloat16* line) { return load<ints>(line); });
         }
         if (i < last) add([&](const bfloat16* line) { return load_pairs(line, last - i); });
@@ -335,7 +349,7 @@ struct Integer {
     static inline void multiply_turn(const uint8_t* codes, const int16_t* x, ints dots[TOKENS][2],
                                      ints others[TOKENS][2]) {
         constexpr bool TWO_CHAINS = 4 * TOKENS <= (LANES == 16 ? 20 : 8);
-        for (int i = 0; i < BLOCK * BITS; i += 64) __builtin_prefetch(codes + PREFETCH + i);
+        for (int i = 0; i < BLOCK * BITS; i += 64) __builtin_prefetch(codes + PREFETCH + i, 0, 0);
         UNROLL for (int part = 0; part < (BITS == 8 ? 2 : 1); part++) {
             words lanes[2];
             UNROLL for (int b = 0; b < 2; b++) lanes[b] = load<words>(codes + (2 * part + b) * 4 * LANES);
@@ -565,6 +579,242 @@ void join(Row* rows, int64_t n_parts, int64_t stride, int64_t width, bfloat16* y
     }
 }
 
+// Numbers [heads, tokens, d].
+struct Heads {
+    const bfloat16* data;
+    int64_t head, token;  // how far a head is from the next, and a token
+    const bfloat16* at(int64_t h, int64_t t) const { return data + h * head + t * token; }
+};
+
+// y [S, H, d]. Each token of q sees the slots before n_seen, the token after it one more; mask [S, T]: and only these.
+void attend(Heads q, Heads k, Heads v, const uint8_t* mask, int64_t mask_stride, int64_t n_seen, bfloat16* y,
+            int64_t n_heads, int64_t groups, int64_t s, int64_t n_slots, int64_t width) {
+    const int threads = omp_get_max_threads();
+    const int64_t share = n_heads / groups, n_rows = share * s, n_tiles = (n_rows + TILE - 1) / TILE;
+    const int64_t n_blocks = (n_slots + SLOTS - 1) / SLOTS, padded = (width + COLUMNS - 1) / COLUMNS * COLUMNS;
+    const int64_t n_tasks = groups * n_tiles;
+    const int64_t n_parts = std::min((threads + n_tasks - 1) / n_tasks, (n_blocks + 3) / 4);  // of 4 blocks or more
+    std::vector<Row> rows(groups * n_parts * n_rows);  // [G, parts, rows]
+    std::vector<float> sums(rows.size() * padded);
+    parallel(threads, n_tasks * n_parts, 1, [&](int64_t i) {
+        const int64_t tile = i % n_tiles, part = i / n_tiles % n_parts, group = i / n_tiles / n_parts;
+        const int64_t first_row = tile * TILE, last_row = std::min(n_rows, first_row + TILE);
+        Row* own = &rows[(group * n_parts + part) * n_rows];
+        for (int64_t r = first_row; r < last_row; r++) {
+            const int64_t head = group * share + r / s, token = r % s;
+            own[r] = {q.at(head, token), mask ? mask + token * mask_stride : nullptr, n_seen + token,
+                      &sums[(own + r - &rows[0]) * padded], LEAST, 0, 0};
+        }
+        const int64_t first = part * n_blocks / n_parts * SLOTS, last = (part + 1) * n_blocks / n_parts * SLOTS;
+        attend_part(own + first_row, last_row - first_row, k.at(group, 0), v.at(group, 0), first,
+                    std::min(n_slots, last), width);
+    });
+    parallel(n_tiles > 1 ? threads : 1, groups * n_rows, TILE, [&](int64_t i) {
+        const int64_t group = i / n_rows, r = i % n_rows;
+        join(&rows[group * n_parts * n_rows + r], n_parts, n_rows, width,
+             y + (r % s * n_heads + group * share + r / s) * width);
+    });
+}
+
+// ---- What stands between these in a layer, for eager steps: compiled ones get such loops from Inductor.
+
+// y [K] = weight * x / sqrt(mean of x^2 + eps)
+void normalize(const bfloat16* x, const bfloat16* weight, float eps, bfloat16* y, int64_t k) {
+    floats squares = {};
+    int64_t i = 0;
+    for (; i + 2 * LANES <= k; i += 2 * LANES) {
+        const ints pairs = load<ints>(x + i);
+        squares += even(pairs) * even(pairs) + odd(pairs) * odd(pairs);
+    }
+    float sum = sum_lanes(squares);
+    for (; i < k; i++) sum += widen(x[i]) * widen(x[i]);
+    const float factor = 1 / std::sqrt(sum / k + eps);
+    for (i = 0; i < k; i++) narrow(widen(x[i]) * factor * widen(weight[i]), y + i);
+}
+
+inline floats silu(floats x) {
+    const floats none = {}, power = exp2(select(x < none, x, -x) * (float)M_LOG2E);  // e^-|x|
+    return x * select(x < none, power, none + 1) / (power + 1);
+}
+
+// y [K] = silu(gate) * up
+void activate(const bfloat16* gate, const bfloat16* up, bfloat16* y, int64_t k) {
+    for (int64_t i = 0; i < k; i += 2 * LANES) {
+        const int64_t n = std::min<int64_t>(2 * LANES, k - i);
+        const ints gates = load_pairs(gate + i, n), ups = load_pairs(up + i, n);
+        const ints result = narrow(silu(even(gates)) * even(ups), silu(odd(gates)) * odd(ups));
+        memcpy(y + i, &result, n * sizeof *y);
+    }
+}
+
+// y [d] = model.rotate of x, a head
+void rotate(const bfloat16* x, const float* cos, const float* sin, bfloat16* y, int64_t width) {
+    for (int64_t i = 0, half = width / 2; i < half; i++) {
+        const float first = widen(x[i]), second = widen(x[half + i]);
+        narrow(first * cos[i] + second * sin[i], y + i);
+        narrow(second * cos[half + i] + first * sin[half + i], y + half + i);
+    }
+}
+
+// ---- The operators, whose schemas cpu.py has. PyTorch calls them, and they call it, through its C interface, shim.h,
+// which is the same in all its versions. Arguments lie on a stack; who takes them from there owns them.
+
+void check(bool right, const std::string& what) {
+    if (!right) throw std::runtime_error(what);
+}
+
+struct Free {
+    void operator()(AtenTensorHandle tensor) const { aoti_torch_delete_tensor_object(tensor); }
+};
+
+struct Tensor {
+    std::unique_ptr<AtenTensorOpaque, Free> handle;  // null: no tensor was given
+    int64_t *sizes = nullptr, *strides = nullptr;
+    void* memory = nullptr;
+    int32_t dtype = 0;
+
+    explicit Tensor(StableIValue given) : handle((AtenTensorHandle)given) {
+        if (handle)
+            check(!aoti_torch_get_sizes(handle.get(), &sizes) && !aoti_torch_get_strides(handle.get(), &strides) &&
+                      !aoti_torch_get_data_ptr(handle.get(), &memory) && !aoti_torch_get_dtype(handle.get(), &dtype),
+                  "not a tensor in memory");
+    }
+
+    static Tensor optional(StableIValue given) {
+        const std::unique_ptr<StableIValue> inner((StableIValue*)given);
+        return Tensor(inner ? *inner : 0);
+    }
+
+    static Tensor empty(int64_t n, int64_t width, int32_t dtype) {
+        const int64_t sizes[] = {n, width}, strides[] = {width, 1};
+        AtenTensorHandle made = nullptr;
+        check(!aoti_torch_empty_strided(2, sizes, strides, dtype, aoti_torch_device_type_cpu(), 0, &made), "no memory");
+        return Tensor((StableIValue)made);
+    }
+
+    StableIValue release() { return (StableIValue)handle.release(); }
+
+    // This one, or a copy whose numbers lie one behind the other.
+    Tensor contiguous() {
+        StableIValue stack[] = {release(), (StableIValue)aoti_torch_memory_format_contiguous_format()};
+        check(!aoti_torch_call_dispatcher("aten::contiguous", "", stack), "no memory");
+        return Tensor(stack[0]);
+    }
+
+    template <class Number>
+    Number* data() const {
+        return (Number*)memory;
+    }
+    bool is_float32() const { return dtype == aoti_torch_dtype_float32(); }
+    bool is_bfloat16() const { return dtype == aoti_torch_dtype_bfloat16(); }
+    Heads heads() const { return {data<bfloat16>(), strides[0], strides[1]}; }
+};
+
+void product(StableIValue* stack, uint64_t, uint64_t) {
+    const Tensor x = Tensor(stack[0]).contiguous(), weight(stack[1]);
+    const Tensor scale = Tensor::optional(stack[2]), bias = Tensor::optional(stack[3]);
+    const int bits = !scale.handle ? 16 : scale.is_float32() ? 8 : 4;
+    const int64_t n = stack[4], s = x.sizes[0], k = x.sizes[1], columns = weight.sizes[1] * (bits == 4 ? 2 : 1);
+    check(k == columns, std::to_string(k) + " columns times weights of " + std::to_string(columns));
+    check(n <= weight.sizes[0] && (x.is_float32() || x.is_bfloat16()), "a product of another dtype or size");
+    Tensor y = Tensor::empty(s, n, x.dtype);
+    const auto run = [&](auto number) {
+        using Number = decltype(number);
+        const auto multiply = [&](const auto& format) {
+            multiply_all(omp_get_max_threads(), format, x.data<Number>(), bias.data<float>(), y.data<Number>(), s, n);
+        };
+        const auto *codes = weight.data<uint8_t>(), *scales = scale.data<uint8_t>();
+        if (bits == 16) multiply(Bfloat16{weight.data<bfloat16>(), k});
+        if (bits == 8) multiply(Integer<8>{codes, scales, k, 1});
+        if (bits == 4) multiply(Integer<4>{codes, scales, k, scale.sizes[1]});
+    };
+    if (s > 0) x.is_float32() ? run(float()) : run(bfloat16());
+    stack[0] = y.release();
+}
+
+constexpr int64_t SLAB = 1024;  // tokens that attention works on at a time, so that what it needs meanwhile stays small
+
+Tensor attend_slabs(Heads q, Heads k, Heads v, const Tensor& mask, int64_t n_heads, int64_t groups, int64_t s,
+                    int64_t n_slots, int64_t width) {
+    Tensor y = Tensor::empty(s, n_heads * width, aoti_torch_dtype_bfloat16());
+    for (int64_t i = 0; i < s; i += SLAB) {
+        const int64_t stride = mask.handle ? mask.strides[0] : 0;
+        const uint8_t* seen = mask.handle ? mask.data<uint8_t>() + i * stride : nullptr;
+        attend({q.at(0, i), q.head, q.token}, k, v, seen, stride, seen ? n_slots : i + 1,
+               y.data<bfloat16>() + i * n_heads * width, n_heads, groups, std::min(SLAB, s - i), n_slots, width);
+    }
+    return y;
+}
+
+void attention(StableIValue* stack, uint64_t, uint64_t) {
+    Tensor q(stack[0]), k(stack[1]), v(stack[2]), mask = Tensor::optional(stack[3]);
+    const int64_t width = q.sizes[2];
+    check(q.is_bfloat16() && k.is_bfloat16() && v.is_bfloat16() && width <= MAX_WIDTH, "attention of another dtype or size");
+    if (q.strides[2] != 1) q = q.contiguous();
+    for (Tensor* cache : {&k, &v})  // parts of caches are read where they are
+        if (cache->strides[1] != width || cache->strides[2] != 1) *cache = cache->contiguous();
+    if (mask.handle && mask.strides[1] != 1) mask = mask.contiguous();
+    stack[0] = attend_slabs(q.heads(), k.heads(), v.heads(), mask, q.sizes[0], k.sizes[0], q.sizes[1], k.sizes[1], width)
+                   .release();
+}
+
+void self_attention(StableIValue* stack, uint64_t, uint64_t) {
+    const Tensor x = Tensor(stack[0]).contiguous(), cos = Tensor(stack[1]).contiguous();
+    const Tensor sin = Tensor(stack[2]).contiguous(), input_pos = Tensor(stack[3]).contiguous();
+    const Tensor k_cache(stack[4]), v_cache(stack[5]);
+    Tensor mask = Tensor::optional(stack[6]);
+    if (mask.handle && mask.strides[1] != 1) mask = mask.contiguous();
+    const int64_t s = x.sizes[0], groups = k_cache.sizes[0], width = k_cache.sizes[2];
+    const int64_t n_heads = x.sizes[1] / width - 2 * groups, *slots = input_pos.data<int64_t>();
+    const int64_t n_slots = mask.handle ? mask.sizes[1] : s;
+    bool fits = x.is_bfloat16() && k_cache.is_bfloat16() && v_cache.is_bfloat16() && width <= MAX_WIDTH;
+    fits = fits && cos.is_float32() && sin.is_float32() && n_slots <= k_cache.sizes[1];
+    for (int64_t t = 0; t < s; t++) fits = fits && 0 <= slots[t] && slots[t] < k_cache.sizes[1];
+    check(fits, "attention of another dtype or size");
+    std::vector<bfloat16> q(s * n_heads * width);
+    parallel(s < 16 ? 1 : omp_get_max_threads(), s, 8, [&](int64_t t) {
+        const bfloat16* head = x.data<bfloat16>() + t * x.sizes[1];
+        const float *c = cos.data<float>() + t * width, *i = sin.data<float>() + t * width;
+        const int64_t slot = slots[t] * width;
+        for (int64_t h = 0; h < n_heads; h++, head += width) rotate(head, c, i, &q[(t * n_heads + h) * width], width);
+        for (int64_t g = 0; g < groups; g++, head += width)
+            rotate(head, c, i, k_cache.data<bfloat16>() + g * k_cache.strides[0] + slot, width);
+        for (int64_t g = 0; g < groups; g++, head += width)
+            memcpy(v_cache.data<bfloat16>() + g * v_cache.strides[0] + slot, head, width * sizeof *head);
+    });
+    stack[0] = attend_slabs({q.data(), width, n_heads * width}, k_cache.heads(), v_cache.heads(), mask, n_heads, groups, s,
+                            n_slots, width)
+                   .release();
+}
+
+// Calls run(x, y, t) for each row t.
+template <class Function>
+Tensor each_row(const Tensor& x, int64_t width, Function run) {
+    const int64_t s = x.sizes[0];
+    check(x.is_bfloat16(), "rows of another dtype");
+    Tensor y = Tensor::empty(s, width, x.dtype);
+    parallel(s < 16 ? 1 : omp_get_max_threads(), s, 8, [&](int64_t t) {
+        run(x.data<bfloat16>() + t * x.sizes[1], y.data<bfloat16>() + t * width);
+    });
+    return y;
+}
+
+void rms_norm(StableIValue* stack, uint64_t, uint64_t) {
+    const Tensor x = Tensor(stack[0]).contiguous(), weight(stack[1]);
+    const int64_t k = x.sizes[1];
+    double eps;
+    memcpy(&eps, &stack[2], sizeof eps);
+    check(weight.is_bfloat16() && weight.sizes[0] == k, "a norm of another dtype or size");
+    const auto run = [&](const bfloat16* x, bfloat16* y) { normalize(x, weight.data<bfloat16>(), eps, y, k); };
+    stack[0] = each_row(x, k, run).release();
+}
+
+void silu_product(StableIValue* stack, uint64_t, uint64_t) {
+    const Tensor x = Tensor(stack[0]).contiguous();
+    const int64_t k = x.sizes[1] / 2;
+    stack[0] = each_row(x, k, [&](const bfloat16* x, bfloat16* y) { activate(x, x + k, y, k); }).release();
+}
+
 }  // namespace
 
 extern "C" {
@@ -589,67 +839,16 @@ const char* instruction_set() {
 #endif
 }
 
-// bits: 16 (bfloat16), 8 or 4, of the weights. is_float: x and y are float32, else bfloat16.
-void product(int bits, int is_float, int threads, const void* x, const void* w, const void* scales, const float* bias,
-             void* y, int64_t s, int64_t n, int64_t k, int64_t groups) {
-    if (s == 0) return;
-    const auto run = [&](auto* x, auto* y) {
-        const auto *codes = (const uint8_t*)w, *lines = (const uint8_t*)scales;
-        if (bits == 16) multiply_all(threads, Bfloat16{(const bfloat16*)w, k}, x, bias, y, s, n);
-        if (bits == 8) multiply_all(threads, Integer<8>{codes, lines, k, groups}, x, bias, y, s, n);
-        if (bits == 4) multiply_all(threads, Integer<4>{codes, lines, k, groups}, x, bias, y, s, n);
-    };
-    if (is_float)
-        run((const float*)x, (float*)y);
-    else
-        run((const bfloat16*)x, (bfloat16*)y);
-}
-
-// y [S, K] = weight * x / sqrt(mean of x^2 + eps)
-void rms_norm(int threads, float eps, const bfloat16* x, const bfloat16* weight, bfloat16* y, int64_t s, int64_t k) {
-    parallel(s < 16 ? 1 : threads, s, 8, [=](int64_t t) {
-        floats squares = {};
-        int64_t i = 0;
-        for (; i + 2 * LANES <= k; i += 2 * LANES) {
-            const ints pairs = load<ints>(x + t * k + i);
-            squares += even(pairs) * even(pairs) + odd(pairs) * odd(pairs);
-        }
-        float sum = sum_lanes(squares);
-        for (; i < k; i++) sum += widen(x[t * k + i]) * widen(x[t * k + i]);
-        const float factor = 1 / std::sqrt(sum / k + eps);
-        for (i = 0; i < k; i++) narrow(widen(x[t * k + i]) * factor * widen(weight[i]), y + t * k + i);
-    });
-}
-
-// mask [S, T], or null: the first token sees n_seen slots, each further one a slot more. Strides, in numbers: q_head,
-// q_token of q; cache_head of k and v, whose slots lie one behind the other; mask_token of mask.
-void attend(int threads, int64_t n_seen, const bfloat16* q, const bfloat16* k, const bfloat16* v, const uint8_t* mask,
-            bfloat16* y, int64_t n_heads, int64_t groups, int64_t s, int64_t n_slots, int64_t width, int64_t q_head,
-            int64_t q_token, int64_t cache_head, int64_t mask_token) {
-    const int64_t share = n_heads / groups, n_rows = share * s, n_tiles = (n_rows + TILE - 1) / TILE;
-    const int64_t n_blocks = (n_slots + SLOTS - 1) / SLOTS, padded = (width + COLUMNS - 1) / COLUMNS * COLUMNS;
-    const int64_t n_tasks = groups * n_tiles;
-    const int64_t n_parts = std::min((threads + n_tasks - 1) / n_tasks, (n_blocks + 3) / 4);  // of 4 blocks or more
-    std::vector<Row> rows(groups * n_parts * n_rows);  // [G, parts, rows]
-    std::vector<float> sums(rows.size() * padded);
-    parallel(threads, n_tasks * n_parts, 1, [&](int64_t i) {
-        const int64_t tile = i % n_tiles, part = i / n_tiles % n_parts, group = i / n_tiles / n_parts;
-        const int64_t first_row = tile * TILE, last_row = std::min(n_rows, first_row + TILE);
-        Row* own = &rows[(group * n_parts + part) * n_rows];
-        for (int64_t r = first_row; r < last_row; r++) {
-            const int64_t head = group * share + r / s, token = r % s;
-            own[r] = {q + head * q_head + token * q_token, mask ? mask + token * mask_token : nullptr,
-                      n_seen + token, &sums[(own + r - &rows[0]) * padded], LEAST, 0, 0};
-        }
-        const int64_t first = part * n_blocks / n_parts * SLOTS, last = (part + 1) * n_blocks / n_parts * SLOTS;
-        attend_part(own + first_row, last_row - first_row, k + group * cache_head, v + group * cache_head, first,
-                    std::min(n_slots, last), width);
-    });
-    parallel(n_tiles > 1 ? threads : 1, groups * n_rows, TILE, [&](int64_t i) {
-        const int64_t group = i / n_rows, r = i % n_rows;
-        join(&rows[group * n_parts * n_rows + r], n_parts, n_rows, width,
-             y + (r % s * n_heads + group * share + r / s) * width);
-    });
+// From now on these serve, not those of another build.
+void register_operators() {
+    static TorchLibraryHandle library = nullptr;
+    if (library) aoti_torch_delete_library_object(library);
+    aoti_torch_library_init_impl("multimodal_gpt_fast", "CPU", __FILE__, __LINE__, &library);
+    aoti_torch_library_impl(library, "product", product);
+    aoti_torch_library_impl(library, "attention", attention);
+    aoti_torch_library_impl(library, "self_attention", self_attention);
+    aoti_torch_library_impl(library, "rms_norm", rms_norm);
+    aoti_torch_library_impl(library, "silu_product", silu_product);
 }
 
 }  // extern "C"

@@ -30,7 +30,6 @@ import model
 
 FLAGS = ["-O3", "-std=c++17", "-fPIC"]
 MAX_HEAD_DIM = 256  # of the attention
-SLAB = 1024  # tokens that it works on at a time, so that what it needs meanwhile stays small
 TURN = 8  # inputs of int8 and int4 that cpu.cpp reads at a time
 MAX_GROUP = 4096  # inputs of a group of int4 whose sums fit 32 bits
 
@@ -63,19 +62,16 @@ def kernels() -> Any:  # a ctypes.CDLL, whose functions have no types
         reason = next((line for line in lines if "error" in line), lines[0] if lines else error)
         print(f"cpu.cpp cannot be used, PyTorch's slower kernels are: {reason}", file=sys.stderr)
         return None
-    pointer, number = ctypes.c_void_p, ctypes.c_int64
-    loaded.product.argtypes = (*[ctypes.c_int] * 3, *[pointer] * 5, *[number] * 4)
-    loaded.attend.argtypes = (ctypes.c_int, number, *[pointer] * 5, *[number] * 9)
-    loaded.rms_norm.argtypes = (ctypes.c_int, ctypes.c_float, *[pointer] * 3, *[number] * 2)
-    loaded.product.restype = loaded.attend.restype = loaded.rms_norm.restype = None
     loaded.instruction_set.restype = ctypes.c_char_p
+    loaded.register_operators()
     return loaded
 
 
 def build_library() -> ctypes.CDLL:
     """From the cache, or else built and put there if it can be written. Raises OSError or CalledProcessError."""
     source, compiler = Path(__file__).with_name("cpu.cpp"), shlex.split(os.environ.get("CXX", "")) or ["g++"]
-    flags, torch_library = [*FLAGS, target_flag()], str(Path(torch.__file__).parent / "lib/libtorch_cpu.so")
+    pytorch = Path(torch.__file__).parent
+    flags, torch_library = [*FLAGS, f"-I{pytorch}/include", target_flag()], f"{pytorch}/lib/libtorch_cpu.so"
     parts = compiler, flags, torch_library, sorted(cpu_features())  # machines may share the cache
     key = hashlib.sha256(source.read_bytes() + repr(parts).encode()).hexdigest()[:16]
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "multimodal-gpt-fast"
@@ -107,73 +103,38 @@ def describe() -> str:
     return f"cpu.cpp for {kernels().instruction_set().decode()}" if kernels() else "PyTorch's CPU kernels"
 
 
-def make_operator(schema: str, backend: str, run: Callable, shape: Callable) -> Callable:
+def define(schema: str, shape: Callable) -> Callable:
     """An operator that compiled code calls as it is. shape: what it returns, without the numbers."""
     name, bracket, rest = schema.partition("(")
-    full_name = f"multimodal_gpt_fast::{name}"
-    library.define(full_name, bracket + rest)
-    library.impl(full_name, backend, run)
-    library.register_fake(full_name, shape)
-    operator = getattr(torch.ops.multimodal_gpt_fast, name)
-
-    def call(*inputs):
-        # The way through the operator takes 2 us longer, all in all a twentieth of an eager step in int4.
-        seen = torch.compiler.is_compiling() or torch.autograd._profiler_enabled()
-        return (operator if seen else run)(*inputs)
-
-    return call
+    library.define(f"multimodal_gpt_fast::{name}", bracket + rest)
+    library.register_fake(f"multimodal_gpt_fast::{name}", shape)
+    return getattr(torch.ops.multimodal_gpt_fast, name).default
 
 
-def multiply(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None, n: int) -> Tensor:
-    """[S, N] of x [S, K], float32 or bfloat16, and the parts of a RowLinear or BlockLinear.
+# cpu.cpp's, which serve once kernels() was called. They raise RuntimeError for dtypes and sizes that do not fit.
 
-    Raises RuntimeError for another K.
-    """
-    bits, groups = (16, 1) if scale is None else (8, 1) if scale.dtype == torch.float32 else (4, scale.shape[1])
-    s, k = x.shape
-    if k != (columns := weight.shape[1] * weight.element_size() * 8 // bits):
-        raise RuntimeError(f"{k} columns times weights of {columns}")
-    x, y = x.contiguous(), x.new_empty(s, n)
-    scales, offsets = (None if t is None else t.data_ptr() for t in (scale, bias))
-    pointers = x.data_ptr(), weight.data_ptr(), scales, offsets, y.data_ptr()
-    kernels().product(bits, x.dtype == torch.float32, torch.get_num_threads(), *pointers, s, n, k, groups)
-    return y
-
-
-product = make_operator(
+# [S, N] of x [S, K], float32 or bfloat16, and the parts of a RowLinear or BlockLinear.
+product = define(
     "product(Tensor x, Tensor weight, Tensor? scale, Tensor? bias, int n) -> Tensor",
-    "CPU",
-    multiply,
     lambda x, weight, scale, bias, n: x.new_empty(x.shape[0], n),  # len() would fix a size that may vary
 )
-
-
-def run_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """model.attend, for bfloat16 on the CPU."""
-    q = q if q.stride(-1) == 1 else q.contiguous()
-    mask = mask if mask is None or mask.stride(-1) == 1 else mask.contiguous()
-    (n_head, n_tokens, head_dim), (n_kv_head, n_slots, _) = q.shape, k.shape
-    if k.stride() != v.stride() or k.stride(1) != head_dim:  # parts of caches are read where they are
-        k, v = k.contiguous(), v.contiguous()
-    y = q.new_empty(n_tokens, n_head * head_dim)
-    strides = q.stride(0), q.stride(1), k.stride(0), 0 if mask is None else mask.stride(0)
-    for i in range(0, n_tokens, SLAB):
-        pointers = q.data_ptr() + 2 * i * strides[1], k.data_ptr(), v.data_ptr()  # 2 bytes a number
-        seen = None if mask is None else mask.data_ptr() + i * strides[3]
-        sizes = n_head, n_kv_head, min(SLAB, n_tokens - i), n_slots, head_dim
-        n_seen = i + 1 if mask is None else n_slots
-        kernels().attend(
-            torch.get_num_threads(), n_seen, *pointers, seen, y.data_ptr() + 2 * i * y.stride(0), *sizes, *strides
-        )
-    return y
-
-
-attend = make_operator(
+# model.attend, in bfloat16.
+attend = define(
     "attention(Tensor q, Tensor k, Tensor v, Tensor? mask) -> Tensor",
-    "CPU",
-    run_attention,
     lambda q, k, v, mask: q.new_empty(q.shape[1], q.shape[0] * q.shape[2]),
 )
+# What model.Attention does between its two products, in bfloat16.
+self_attention = define(
+    "self_attention(Tensor qkv, Tensor cos, Tensor sin, Tensor input_pos, Tensor(a!) k_cache, Tensor(b!) v_cache, "
+    "Tensor? mask) -> Tensor",
+    lambda qkv, cos, sin, input_pos, k_cache, v_cache, mask: qkv.new_empty(
+        qkv.shape[0], qkv.shape[1] - 2 * k_cache.shape[0] * k_cache.shape[2]
+    ),
+)
+# F.rms_norm of x [S, K] and weight [K], both bfloat16, computed in float32 and rounded once.
+rms_norm = define("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor", lambda x, weight, eps: torch.empty_like(x))
+# F.silu(gate) * up of [gate, up] [S, 2 * K], likewise.
+silu_product = define("silu_product(Tensor x) -> Tensor", lambda x: x.new_empty(x.shape[0], x.shape[1] // 2))
 
 
 class Attend(nn.Module):
@@ -183,19 +144,19 @@ class Attend(nn.Module):
         return attend(q, k, v, mask)
 
 
-def normalize(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """F.rms_norm of x [S, K] and weight [K], both bfloat16, computed in float32 and rounded once."""
-    x, y = x.contiguous(), torch.empty_like(x)
-    kernels().rms_norm(torch.get_num_threads(), eps, x.data_ptr(), weight.data_ptr(), y.data_ptr(), *x.shape)
-    return y
+class Attention(model.Attention):
+    """In one call what model.Attention does between its products."""
+
+    def forward(self, x: Tensor, step: model.Step) -> Tensor:
+        if torch.compiler.is_compiling():  # Inductor merges it with what stands around it
+            return super().forward(x, step)
+        caches = self.k_cache, self.v_cache
+        return self.wo(self_attention(self.wqkv(x), step.cos, step.sin, step.input_pos, *caches, step.mask))
 
 
-rms_norm = make_operator(
-    "rms_norm(Tensor x, Tensor weight, float eps) -> Tensor",
-    "CPU",
-    normalize,
-    lambda x, weight, eps: torch.empty_like(x),
-)
+class FeedForward(model.FeedForward):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) if torch.compiler.is_compiling() else self.w2(silu_product(self.w13(x)))
 
 
 class RMSNorm(nn.RMSNorm):
@@ -284,13 +245,16 @@ def order_int4(weight: Tensor, block: int) -> Tensor:
     return (lanes[0] | lanes[1] | lanes[2] | lanes[3]).contiguous().view(torch.uint8).reshape(weight.shape)
 
 
+def multiply_packed(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
 # An operator of its own, because Inductor takes oneDNN's for constant weights only.
-packed_product = make_operator(
+packed_product = define(
     "packed_product(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
-    "CompositeExplicitAutograd",  # the weight is oneDNN's
-    lambda x, weight, bias: torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], ""),
     lambda x, weight, bias: x.new_empty(x.shape[0], weight.shape[0]),
 )
+library.impl("multimodal_gpt_fast::packed_product", "CompositeExplicitAutograd", multiply_packed)  # weight: oneDNN's
 
 
 class PackedLinear(nn.Module):
@@ -311,7 +275,8 @@ class PackedLinear(nn.Module):
         self.weight, self.bias = frozen(packed), linear.bias
 
     def forward(self, x: Tensor) -> Tensor:
-        return packed_product(x, self.weight, self.bias)
+        multiply = packed_product if torch.compiler.is_compiling() else multiply_packed  # which is 10 us faster
+        return multiply(x, self.weight, self.bias)
 
 
 def replace_linears(module: nn.Module, kinds: tuple[type, ...], label: str = "") -> dict[str, Counter[str]]:
@@ -332,15 +297,29 @@ def replace_linears(module: nn.Module, kinds: tuple[type, ...], label: str = "")
 def replace_attention(decoder: model.Transformer) -> None:
     weight, head_dim = decoder.norm.weight, decoder.args.head_dim  # the caches have its device and dtype
     fits = (weight.device.type, weight.dtype) == ("cpu", torch.bfloat16)
-    if fits and head_dim % 2 == 0 and head_dim <= MAX_HEAD_DIM and kernels():
-        for name in [name for name, child in decoder.named_modules() if isinstance(child, model.Attend)]:
+    if not fits or head_dim % 2 or head_dim > MAX_HEAD_DIM or kernels() is None:
+        return
+    for name, module in list(decoder.named_modules()):
+        if isinstance(module, model.Attend):
             decoder.set_submodule(name, Attend())
+        for kind in (Attention, FeedForward):
+            if type(module) is kind.__base__:
+                module.__class__ = kind  # of the same parts
 
 
 def replace_norms(decoder: model.Transformer) -> None:
     for name, norm in [item for item in decoder.named_modules() if isinstance(item[1], nn.RMSNorm)]:
         with contextlib.suppress(UnsupportedByKernel):
             decoder.set_submodule(name, RMSNorm(norm))
+
+
+def shorten_lookups(decoder: model.Transformer) -> None:
+    """Let modules find their parts like any attribute, in 0.1 us; nn.Module.__getattr__ takes 4 us, and a layer has 20.
+
+    Assigning another part to a module removes the short cut.
+    """
+    for module in decoder.modules():
+        module.__dict__.update(module._modules, **module._parameters)
 
 
 def prepare(module: nn.Module) -> dict[str, Counter[str]]:
@@ -353,4 +332,6 @@ def prepare(module: nn.Module) -> dict[str, Counter[str]]:
         return replace_linears(module, (RowLinear,), "encoder ")  # where oneDNN is fast, nn.Linear uses it
     replace_attention(module)
     replace_norms(module)
-    return replace_linears(module, (PackedLinear, RowLinear))
+    counts = replace_linears(module, (PackedLinear, RowLinear))
+    shorten_lookups(module)
+    return counts
