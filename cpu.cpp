@@ -1,6 +1,7 @@
-// What is faster here than in PyTorch's CPU kernels: products of bfloat16, int8 and int4 weights, and attention. cpu.py
-// builds this file for the CPU at hand and calls it. One source serves every CPU: vectors are the compiler's (GCC's and
-// clang's vector extensions), as wide as the CPU's registers.
+// What is faster here than in PyTorch's CPU kernels: products of bfloat16, int8 and int4 weights, attention, and what a
+// layer does between them, as operators that PyTorch calls without Python. cpu.py builds this file for the CPU at hand.
+// One source serves every CPU: vectors are the compiler's (GCC's and clang's vector extensions), as wide as the CPU's
+// registers.
 //
 // Shapes: S tokens. Products: N outputs, K inputs, G groups of a row. Attention: H query heads, G heads of keys and
 // values, T slots, d head width.
@@ -30,6 +31,10 @@
 #define KEEP(x) asm("" : "+w"(x))
 #endif
 #define ANEW(pointer) asm("" : "+r"(pointer))
+
+namespace at {
+int get_num_threads();  // PyTorch's
+}
 
 namespace {
 
@@ -111,10 +116,9 @@ inline void with_constant(int64_t n, Function run) {  // run(n), n from 1 to 6, 
     }
 }
 
-// Calls run(i) for i below n, in shares of successive ones. This is GCC's `#pragma omp parallel`, called by hand because
-// clang's calls another library than PyTorch's: the same threads do both.
+// Calls run(i) for i below n, in shares of successive ones. This is GCC's `#pragma omp parallel`, called by hand
+// because clang's calls another library than PyTorch's: the same threads do both.
 extern "C" void GOMP_parallel(void (*run)(void*), void* data, unsigned threads, unsigned flags);
-extern "C" int omp_get_max_threads();  // torch.get_num_threads()
 
 template <class Function>
 void parallel(int threads, int64_t n, int64_t share, Function run) {
@@ -142,6 +146,10 @@ void parallel(int threads, int64_t n, int64_t share, Function run) {
 constexpr int MAX_TOKENS = 6;
 constexpr int PREFETCH = 2048;  // bytes ahead of the weights in use
 
+// Weights that are read once go past the L2 cache, which stays with the rest of the program: an eager step in int8
+// takes 35 ms instead of 39 (AMD EPYC, Zen 1).
+inline void prefetch(const void* p, bool once) { once ? __builtin_prefetch(p, 0, 0) : __builtin_prefetch(p); }
+
 template <class Format, class Number>
 void multiply_all(int threads, const Format& format, const Number* x, const float* bias, Number* y, int64_t s,
                   int64_t n) {
@@ -157,7 +165,9 @@ void multiply_all(int threads, const Format& format, const Number* x, const floa
         Number* out = y + start;
         for (const auto& chunk : chunks) {
             float sums[MAX_TOKENS][Format::BLOCK];
-            with_constant(chunk.count, [&](auto count) { format.template multiply<count>(chunk, start, size, sums); });
+            with_constant(chunk.count, [&](auto count) {
+                format.template multiply<count>(chunk, start, size, n_chunks == 1, sums);
+            });
             for (int64_t t = 0; t < chunk.count; t++, out += n)
                 for (int64_t i = 0; i < size; i++) narrow(sums[t][i] + (bias ? bias[start + i] : 0), out + i);
         }
@@ -188,7 +198,7 @@ struct Bfloat16 {
 
     // A chunk's columns that fit the L1 cache are multiplied by all rows of the block before the next.
     template <int TOKENS>
-    void multiply(const Chunk& chunk, int64_t start, int64_t size, float sums[][BLOCK]) const {
+    void multiply(const Chunk& chunk, int64_t start, int64_t size, bool once, float sums[][BLOCK]) const {
         constexpr int ROWS = TOKENS > 3 ? 2 : TOKENS > 2 ? 3 : 4;  // at a time
         const int64_t n_parts = TOKENS == 1 ? 1 : (k + 1023) / 1024, registers = (k + 2 * LANES - 1) / (2 * LANES);
         const int64_t width = (registers + n_parts - 1) / std::max<int64_t>(n_parts, 1) * 2 * LANES;
@@ -196,13 +206,14 @@ struct Bfloat16 {
         for (int64_t first = 0, last; first < k; first = last) {
             last = std::min(k, first + width);
             int64_t row = 0;
-            for (; row + ROWS <= size; row += ROWS) add_rows<TOKENS, ROWS>(chunk, start, row, first, last, sums);
-            for (; row < size; row++) add_rows<TOKENS, 1>(chunk, start, row, first, last, sums);
+            for (; row + ROWS <= size; row += ROWS) add_rows<TOKENS, ROWS>(chunk, start, row, first, last, once, sums);
+            for (; row < size; row++) add_rows<TOKENS, 1>(chunk, start, row, first, last, once, sums);
         }
     }
 
     template <int TOKENS, int ROWS>
-    void add_rows(const Chunk& chunk, int64_t start, int64_t row, int64_t first, int64_t last, float out[][BLOCK]) const {
+    void add_rows(const Chunk& chunk, int64_t start, int64_t row, int64_t first, int64_t last, bool once,
+                  float out[][BLOCK]) const {
         floats sums[ROWS][TOKENS] = {};
         const float* x = &chunk.x[first * TOKENS];
         const bfloat16* w = this->w + (start + row) * k;
@@ -214,7 +225,10 @@ struct Bfloat16 {
                 const bfloat16* again = w + i;
                 ANEW(again);
                 floats line[ROWS];
-                UNROLL for (int r = 0; r < ROWS; r++) line[r] = half ? odd(load_line(again + r * k)) : even(load_line(again + r * k));
+                UNROLL for (int r = 0; r < ROWS; r++) {
+                    const ints pairs = load_line(again + r * k);
+                    line[r] = half ? odd(pairs) : even(pairs);
+                }
                 UNROLL for (int t = 0; t < TOKENS; t++, x += LANES) {
                     floats inputs = load<floats>(x);
                     KEEP(inputs);
@@ -224,7 +238,7 @@ struct Bfloat16 {
         };
         for (; i + 2 * LANES <= last; i += 2 * LANES) {
             if (i % 32 == 0)
-                UNROLL for (int r = 0; r < ROWS; r++) __builtin_prefetch(w + r * k + i + ahead, 0, 0);
+                UNROLL for (int r = 0; r < ROWS; r++) prefetch(w + r * k + i + ahead, once);
             add([](const bfloat16* line) { return load<ints>(line); });
         }
         if (i < last) add([&](const bfloat16* line) { return load_pairs(line, last - i); });
@@ -238,8 +252,8 @@ struct Bfloat16 {
 // 32-bit lane has an output's next codes (w + 128 of int8, 0 to 15 of int4), which shifting and masking turn into pairs
 // of 16-bit numbers.
 
-// Adds a * b, pair by pair, to 32-bit sums. No vector expression becomes these instructions: the one below, which serves
-// CPUs without them, makes int8 2.2 times and int4 2.9 times slower on AVX2, and 6 tokens 8 to 17 times.
+// Adds a * b, pair by pair, to 32-bit sums. No vector expression becomes these instructions: the one below, which
+// serves CPUs without them, makes int8 2.2 times and int4 2.9 times slower on AVX2, and 6 tokens 8 to 17 times.
 inline ints add_pairs(ints sums, words a, words b) {
 #if defined(__AVX512VNNI__)
     return (ints)_mm512_dpwssd_epi32((__m512i)sums, (__m512i)a, (__m512i)b);
@@ -314,7 +328,7 @@ struct Integer {
     }
 
     template <int TOKENS>
-    void multiply(const Chunk& chunk, int64_t start, int64_t, float out[][BLOCK]) const {
+    void multiply(const Chunk& chunk, int64_t start, int64_t, bool once, float out[][BLOCK]) const {
         const uint8_t* codes = w + start * k * BITS / 8;
         const int16_t* x = chunk.x.data();
         const int64_t width = k / groups;
@@ -328,7 +342,7 @@ struct Integer {
                     dots[t][0] = dots[t][1] = ints{} + (BITS == 4 ? int32_t(-8 * group[t].sum) : 0);
                 const int64_t n = std::min<int64_t>(MOST, width - i) / TURN;
                 for (int64_t turn = 0; turn < n; turn++, codes += BLOCK * BITS, x += TOKENS * TURN)
-                    multiply_turn<TOKENS>(codes, x, dots, others);
+                    multiply_turn<TOKENS>(codes, x, once, dots, others);
                 UNROLL for (int t = 0; t < TOKENS; t++)
                     UNROLL for (int b = 0; b < 2; b++) dots[t][b] += others[t][b];
                 if (BITS == 8)
@@ -346,10 +360,10 @@ struct Integer {
 
     // With few tokens every second pair has sums of its own, so that additions need not wait for each other.
     template <int TOKENS>
-    static inline void multiply_turn(const uint8_t* codes, const int16_t* x, ints dots[TOKENS][2],
+    static inline void multiply_turn(const uint8_t* codes, const int16_t* x, bool once, ints dots[TOKENS][2],
                                      ints others[TOKENS][2]) {
         constexpr bool TWO_CHAINS = 4 * TOKENS <= (LANES == 16 ? 20 : 8);
-        for (int i = 0; i < BLOCK * BITS; i += 64) __builtin_prefetch(codes + PREFETCH + i, 0, 0);
+        for (int i = 0; i < BLOCK * BITS; i += 64) prefetch(codes + PREFETCH + i, once);
         UNROLL for (int part = 0; part < (BITS == 8 ? 2 : 1); part++) {
             words lanes[2];
             UNROLL for (int b = 0; b < 2; b++) lanes[b] = load<words>(codes + (2 * part + b) * 4 * LANES);
@@ -524,8 +538,8 @@ void turn_keys(const bfloat16* k, int64_t first, int64_t last, int64_t width, fl
     }
 }
 
-inline void prefetch(const bfloat16* p, int64_t n) {
-    for (int64_t i = 0; i < n; i += 32) __builtin_prefetch(p + i);
+inline void prefetch_all(const bfloat16* p, int64_t n) {
+    for (int64_t i = 0; i < n; i += 32) prefetch(p + i, false);
 }
 
 // Rows of one head look at its slots first to last.
@@ -550,10 +564,12 @@ void attend_part(Row* rows, int64_t n_rows, const bfloat16* k, const bfloat16* v
         for (int64_t r = 0; r < n_rows; r++) any |= look(rows[r], start, n, &seen[r * SLOTS]);
         if (!any) continue;
         for (int64_t t = 0; t < n; t += COLUMNS) {
-            prefetch(k + (start + t + 2 * COLUMNS) * width, COLUMNS * width);
-            prefetch(v + (start + t) * width, COLUMNS * width);
+            prefetch_all(k + (start + t + 2 * COLUMNS) * width, COLUMNS * width);
+            prefetch_all(v + (start + t) * width, COLUMNS * width);
             turn_keys(k, start + t, last, width, keys);
-            each_rows([&](int64_t r, auto count) { score<count>(&q[r * STRIDE], keys, width, &scores[r * SLOTS + t]); });
+            each_rows([&](int64_t r, auto count) {
+                score<count>(&q[r * STRIDE], keys, width, &scores[r * SLOTS + t]);
+            });
         }
         for (int64_t r = 0; r < n_rows; r++) weigh(rows[r], &scores[r * SLOTS], n, &seen[r * SLOTS]);
         for (int64_t column = 0; column < width; column += COLUMNS)
@@ -589,7 +605,7 @@ struct Heads {
 // y [S, H, d]. Each token of q sees the slots before n_seen, the token after it one more; mask [S, T]: and only these.
 void attend(Heads q, Heads k, Heads v, const uint8_t* mask, int64_t mask_stride, int64_t n_seen, bfloat16* y,
             int64_t n_heads, int64_t groups, int64_t s, int64_t n_slots, int64_t width) {
-    const int threads = omp_get_max_threads();
+    const int threads = at::get_num_threads();
     const int64_t share = n_heads / groups, n_rows = share * s, n_tiles = (n_rows + TILE - 1) / TILE;
     const int64_t n_blocks = (n_slots + SLOTS - 1) / SLOTS, padded = (width + COLUMNS - 1) / COLUMNS * COLUMNS;
     const int64_t n_tasks = groups * n_tiles;
@@ -633,7 +649,9 @@ void normalize(const bfloat16* x, const bfloat16* weight, float eps, bfloat16* y
 }
 
 inline floats silu(floats x) {
-    const floats none = {}, power = exp2(select(x < none, x, -x) * (float)M_LOG2E);  // e^-|x|
+    const floats none = {}, least = none - 100;
+    x = select(x < least, least, x);  // where e^x would not be small enough for the largest x
+    const floats power = exp2(select(x < none, x, -x) * (float)M_LOG2E);  // e^-|x|
     return x * select(x < none, power, none + 1) / (power + 1);
 }
 
@@ -643,7 +661,10 @@ void activate(const bfloat16* gate, const bfloat16* up, bfloat16* y, int64_t k) 
         const int64_t n = std::min<int64_t>(2 * LANES, k - i);
         const ints gates = load_pairs(gate + i, n), ups = load_pairs(up + i, n);
         const ints result = narrow(silu(even(gates)) * even(ups), silu(odd(gates)) * odd(ups));
-        memcpy(y + i, &result, n * sizeof *y);
+        if (n == 2 * LANES)
+            store(y + i, result);
+        else
+            memcpy(y + i, &result, n * sizeof *y);
     }
 }
 
@@ -657,9 +678,9 @@ void rotate(const bfloat16* x, const float* cos, const float* sin, bfloat16* y, 
 }
 
 // ---- The operators, whose schemas cpu.py has. PyTorch calls them, and they call it, through its C interface, shim.h,
-// which is the same in all its versions. Arguments lie on a stack; who takes them from there owns them.
+// of which they use what has been there since 2.8. Arguments lie on a stack; who takes them from there owns them.
 
-void check(bool right, const std::string& what) {
+void check(bool right, const char* what) {
     if (!right) throw std::runtime_error(what);
 }
 
@@ -696,6 +717,8 @@ struct Tensor {
 
     // This one, or a copy whose numbers lie one behind the other.
     Tensor contiguous() {
+        bool is = false;
+        if (!aoti_torch_is_contiguous(handle.get(), &is) && is) return std::move(*this);
         StableIValue stack[] = {release(), (StableIValue)aoti_torch_memory_format_contiguous_format()};
         check(!aoti_torch_call_dispatcher("aten::contiguous", "", stack), "no memory");
         return Tensor(stack[0]);
@@ -715,13 +738,17 @@ void product(StableIValue* stack, uint64_t, uint64_t) {
     const Tensor scale = Tensor::optional(stack[2]), bias = Tensor::optional(stack[3]);
     const int bits = !scale.handle ? 16 : scale.is_float32() ? 8 : 4;
     const int64_t n = stack[4], s = x.sizes[0], k = x.sizes[1], columns = weight.sizes[1] * (bits == 4 ? 2 : 1);
-    check(k == columns, std::to_string(k) + " columns times weights of " + std::to_string(columns));
-    check(n <= weight.sizes[0] && (x.is_float32() || x.is_bfloat16()), "a product of another dtype or size");
+    if (k != columns)
+        throw std::runtime_error(std::to_string(k) + " columns times weights of " + std::to_string(columns));
+    bool fits = (x.is_float32() || x.is_bfloat16()) && n <= weight.sizes[0];
+    fits = fits && (bits == 16 ? weight.is_bfloat16() : weight.dtype == aoti_torch_dtype_uint8());
+    fits = fits && (bits != 4 || scale.is_bfloat16()) && (!bias.handle || (bias.is_float32() && bias.sizes[0] >= n));
+    check(fits, "a product of another dtype or size");
     Tensor y = Tensor::empty(s, n, x.dtype);
     const auto run = [&](auto number) {
         using Number = decltype(number);
         const auto multiply = [&](const auto& format) {
-            multiply_all(omp_get_max_threads(), format, x.data<Number>(), bias.data<float>(), y.data<Number>(), s, n);
+            multiply_all(at::get_num_threads(), format, x.data<Number>(), bias.data<float>(), y.data<Number>(), s, n);
         };
         const auto *codes = weight.data<uint8_t>(), *scales = scale.data<uint8_t>();
         if (bits == 16) multiply(Bfloat16{weight.data<bfloat16>(), k});
@@ -746,33 +773,46 @@ Tensor attend_slabs(Heads q, Heads k, Heads v, const Tensor& mask, int64_t n_hea
     return y;
 }
 
+Tensor take_mask(StableIValue given, int64_t s) {  // [S, T], each row in one piece; or none
+    Tensor mask = Tensor::optional(given);
+    if (!mask.handle) return mask;
+    check(mask.dtype == aoti_torch_dtype_bool() && mask.sizes[0] == s, "a mask of another dtype or size");
+    return mask.strides[1] == 1 ? std::move(mask) : mask.contiguous();
+}
+
 void attention(StableIValue* stack, uint64_t, uint64_t) {
-    Tensor q(stack[0]), k(stack[1]), v(stack[2]), mask = Tensor::optional(stack[3]);
-    const int64_t width = q.sizes[2];
-    check(q.is_bfloat16() && k.is_bfloat16() && v.is_bfloat16() && width <= MAX_WIDTH, "attention of another dtype or size");
+    Tensor q(stack[0]), k(stack[1]), v(stack[2]);
+    const int64_t n_heads = q.sizes[0], groups = k.sizes[0], s = q.sizes[1], n_slots = k.sizes[1], width = q.sizes[2];
+    const Tensor mask = take_mask(stack[3], s);
+    bool fits = q.is_bfloat16() && k.is_bfloat16() && v.is_bfloat16() && width <= MAX_WIDTH && k.sizes[2] == width;
+    fits = fits && std::equal(k.sizes, k.sizes + 3, v.sizes) && n_heads % groups == 0;
+    check(fits && n_slots == (mask.handle ? mask.sizes[1] : s), "attention of another dtype or size");
     if (q.strides[2] != 1) q = q.contiguous();
     for (Tensor* cache : {&k, &v})  // parts of caches are read where they are
         if (cache->strides[1] != width || cache->strides[2] != 1) *cache = cache->contiguous();
-    if (mask.handle && mask.strides[1] != 1) mask = mask.contiguous();
-    stack[0] = attend_slabs(q.heads(), k.heads(), v.heads(), mask, q.sizes[0], k.sizes[0], q.sizes[1], k.sizes[1], width)
-                   .release();
+    stack[0] = attend_slabs(q.heads(), k.heads(), v.heads(), mask, n_heads, groups, s, n_slots, width).release();
 }
 
 void self_attention(StableIValue* stack, uint64_t, uint64_t) {
     const Tensor x = Tensor(stack[0]).contiguous(), cos = Tensor(stack[1]).contiguous();
     const Tensor sin = Tensor(stack[2]).contiguous(), input_pos = Tensor(stack[3]).contiguous();
-    const Tensor k_cache(stack[4]), v_cache(stack[5]);
-    Tensor mask = Tensor::optional(stack[6]);
-    if (mask.handle && mask.strides[1] != 1) mask = mask.contiguous();
-    const int64_t s = x.sizes[0], groups = k_cache.sizes[0], width = k_cache.sizes[2];
-    const int64_t n_heads = x.sizes[1] / width - 2 * groups, *slots = input_pos.data<int64_t>();
-    const int64_t n_slots = mask.handle ? mask.sizes[1] : s;
+    const Tensor k_cache(stack[4]), v_cache(stack[5]), mask = take_mask(stack[6], x.sizes[0]);
+    const int64_t s = x.sizes[0], groups = k_cache.sizes[0], room = k_cache.sizes[1], width = k_cache.sizes[2];
+    const int64_t n_heads = x.sizes[1] / width - 2 * groups, n_slots = mask.handle ? mask.sizes[1] : s;
+    const int64_t* slots = input_pos.data<int64_t>();
     bool fits = x.is_bfloat16() && k_cache.is_bfloat16() && v_cache.is_bfloat16() && width <= MAX_WIDTH;
-    fits = fits && cos.is_float32() && sin.is_float32() && n_slots <= k_cache.sizes[1];
-    for (int64_t t = 0; t < s; t++) fits = fits && 0 <= slots[t] && slots[t] < k_cache.sizes[1];
+    fits = fits && n_heads > 0 && n_heads % groups == 0 && x.sizes[1] == (n_heads + 2 * groups) * width;
+    fits = fits && std::equal(k_cache.sizes, k_cache.sizes + 3, v_cache.sizes);
+    for (const Tensor* cache : {&k_cache, &v_cache})
+        fits = fits && cache->strides[1] == width && cache->strides[2] == 1;
+    for (const Tensor* angles : {&cos, &sin})
+        fits = fits && angles->is_float32() && angles->sizes[0] == s && angles->sizes[1] == width;
+    fits = fits && input_pos.dtype == aoti_torch_dtype_int64() && input_pos.sizes[0] == s && n_slots <= room;
     check(fits, "attention of another dtype or size");
-    std::vector<bfloat16> q(s * n_heads * width);
-    parallel(s < 16 ? 1 : omp_get_max_threads(), s, 8, [&](int64_t t) {
+    for (int64_t t = 0; t < s; t++)
+        check(mask.handle ? 0 <= slots[t] && slots[t] < room : slots[t] == t, "no such slot in a cache of this size");
+    const std::unique_ptr<bfloat16[]> q(new bfloat16[s * n_heads * width]);
+    parallel(s < 16 ? 1 : at::get_num_threads(), s, 8, [&](int64_t t) {
         const bfloat16* head = x.data<bfloat16>() + t * x.sizes[1];
         const float *c = cos.data<float>() + t * width, *i = sin.data<float>() + t * width;
         const int64_t slot = slots[t] * width;
@@ -782,9 +822,9 @@ void self_attention(StableIValue* stack, uint64_t, uint64_t) {
         for (int64_t g = 0; g < groups; g++, head += width)
             memcpy(v_cache.data<bfloat16>() + g * v_cache.strides[0] + slot, head, width * sizeof *head);
     });
-    stack[0] = attend_slabs({q.data(), width, n_heads * width}, k_cache.heads(), v_cache.heads(), mask, n_heads, groups, s,
-                            n_slots, width)
-                   .release();
+    const Heads turned{q.get(), width, n_heads * width};
+    stack[0] =
+        attend_slabs(turned, k_cache.heads(), v_cache.heads(), mask, n_heads, groups, s, n_slots, width).release();
 }
 
 // Calls run(x, y, t) for each row t.
@@ -793,7 +833,7 @@ Tensor each_row(const Tensor& x, int64_t width, Function run) {
     const int64_t s = x.sizes[0];
     check(x.is_bfloat16(), "rows of another dtype");
     Tensor y = Tensor::empty(s, width, x.dtype);
-    parallel(s < 16 ? 1 : omp_get_max_threads(), s, 8, [&](int64_t t) {
+    parallel(s < 16 ? 1 : at::get_num_threads(), s, 8, [&](int64_t t) {
         run(x.data<bfloat16>() + t * x.sizes[1], y.data<bfloat16>() + t * width);
     });
     return y;
@@ -839,16 +879,16 @@ const char* instruction_set() {
 #endif
 }
 
-// From now on these serve, not those of another build.
-void register_operators() {
+// From now on these serve, not those of another build. Returns whether PyTorch takes them.
+bool register_operators() {
     static TorchLibraryHandle library = nullptr;
     if (library) aoti_torch_delete_library_object(library);
-    aoti_torch_library_init_impl("multimodal_gpt_fast", "CPU", __FILE__, __LINE__, &library);
-    aoti_torch_library_impl(library, "product", product);
-    aoti_torch_library_impl(library, "attention", attention);
-    aoti_torch_library_impl(library, "self_attention", self_attention);
-    aoti_torch_library_impl(library, "rms_norm", rms_norm);
-    aoti_torch_library_impl(library, "silu_product", silu_product);
+    return !aoti_torch_library_init_impl("multimodal_gpt_fast", "CPU", __FILE__, __LINE__, &library) &&
+           !aoti_torch_library_impl(library, "product", product) &&
+           !aoti_torch_library_impl(library, "attention", attention) &&
+           !aoti_torch_library_impl(library, "self_attention", self_attention) &&
+           !aoti_torch_library_impl(library, "rms_norm", rms_norm) &&
+           !aoti_torch_library_impl(library, "silu_product", silu_product);
 }
 
 }  // extern "C"

@@ -57,13 +57,15 @@ def kernels() -> Any:  # a ctypes.CDLL, whose functions have no types
     """cpu.cpp, built when it, its flags or the CPU have changed; None where it cannot be built."""
     try:
         loaded = build_library()
-    except (OSError, RuntimeError, subprocess.CalledProcessError) as error:  # RuntimeError: no home folder
+        loaded.register_operators.restype = ctypes.c_bool
+        if not loaded.register_operators():
+            raise RuntimeError("PyTorch does not take its operators")
+    except (OSError, RuntimeError, subprocess.CalledProcessError) as error:  # RuntimeError: also no home folder
         lines = (getattr(error, "stderr", None) or str(error)).splitlines()
         reason = next((line for line in lines if "error" in line), lines[0] if lines else error)
         print(f"cpu.cpp cannot be used, PyTorch's slower kernels are: {reason}", file=sys.stderr)
         return None
     loaded.instruction_set.restype = ctypes.c_char_p
-    loaded.register_operators()
     return loaded
 
 
@@ -103,11 +105,12 @@ def describe() -> str:
     return f"cpu.cpp for {kernels().instruction_set().decode()}" if kernels() else "PyTorch's CPU kernels"
 
 
-def define(schema: str, shape: Callable) -> Callable:
-    """An operator that compiled code calls as it is. shape: what it returns, without the numbers."""
+def define(schema: str, shape: Callable | None = None) -> Callable:
+    """An operator of ours. shape: what it returns, without the numbers, if compiled code calls it."""
     name, bracket, rest = schema.partition("(")
     library.define(f"multimodal_gpt_fast::{name}", bracket + rest)
-    library.register_fake(f"multimodal_gpt_fast::{name}", shape)
+    if shape:
+        library.register_fake(f"multimodal_gpt_fast::{name}", shape)
     return getattr(torch.ops.multimodal_gpt_fast, name).default
 
 
@@ -123,18 +126,16 @@ attend = define(
     "attention(Tensor q, Tensor k, Tensor v, Tensor? mask) -> Tensor",
     lambda q, k, v, mask: q.new_empty(q.shape[1], q.shape[0] * q.shape[2]),
 )
+# The others are for eager code: Inductor merges what they do with what stands around it.
 # What model.Attention does between its two products, in bfloat16.
 self_attention = define(
     "self_attention(Tensor qkv, Tensor cos, Tensor sin, Tensor input_pos, Tensor(a!) k_cache, Tensor(b!) v_cache, "
-    "Tensor? mask) -> Tensor",
-    lambda qkv, cos, sin, input_pos, k_cache, v_cache, mask: qkv.new_empty(
-        qkv.shape[0], qkv.shape[1] - 2 * k_cache.shape[0] * k_cache.shape[2]
-    ),
+    "Tensor? mask) -> Tensor"
 )
 # F.rms_norm of x [S, K] and weight [K], both bfloat16, computed in float32 and rounded once.
-rms_norm = define("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor", lambda x, weight, eps: torch.empty_like(x))
+rms_norm = define("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor")
 # F.silu(gate) * up of [gate, up] [S, 2 * K], likewise.
-silu_product = define("silu_product(Tensor x) -> Tensor", lambda x: x.new_empty(x.shape[0], x.shape[1] // 2))
+silu_product = define("silu_product(Tensor x) -> Tensor")
 
 
 class Attend(nn.Module):
@@ -148,13 +149,15 @@ class Attention(model.Attention):
     """In one call what model.Attention does between its products."""
 
     def forward(self, x: Tensor, step: model.Step) -> Tensor:
-        if torch.compiler.is_compiling():  # Inductor merges it with what stands around it
+        if torch.compiler.is_compiling():
             return super().forward(x, step)
         caches = self.k_cache, self.v_cache
         return self.wo(self_attention(self.wqkv(x), step.cos, step.sin, step.input_pos, *caches, step.mask))
 
 
 class FeedForward(model.FeedForward):
+    """With the activation in one call."""
+
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x) if torch.compiler.is_compiling() else self.w2(silu_product(self.w13(x)))
 
@@ -170,7 +173,7 @@ class RMSNorm(nn.RMSNorm):
         self.weight = norm.weight
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.ndim != 2 or torch.compiler.is_compiling():  # Inductor merges it with what stands around it
+        if x.ndim != 2 or torch.compiler.is_compiling():
             return super().forward(x)
         return rms_norm(x, self.weight, self.eps)
 
@@ -316,7 +319,7 @@ def replace_norms(decoder: model.Transformer) -> None:
 def shorten_lookups(decoder: model.Transformer) -> None:
     """Let modules find their parts like any attribute, in 0.1 us; nn.Module.__getattr__ takes 4 us, and a layer has 20.
 
-    Assigning another part to a module removes the short cut.
+    Assigning another part to a module removes the short cut. For modules that stay on this device.
     """
     for module in decoder.modules():
         module.__dict__.update(module._modules, **module._parameters)
