@@ -205,11 +205,11 @@ def decode(engine: Engine, pending: list[int], n: int, n_tokens: int, sampling: 
     return torch.cat(generated), torch.cat(drawn_from)
 
 
-def verify(engine: Engine, tokens: Tensor, n_tokens: int, sampling: Sampling) -> Tensor:
-    """The target's probabilities [k + 1, n_tokens] after the last id and after each of the proposed: tokens [k + 1]."""
+def verify(engine: Engine, tokens: Tensor, n_tokens: int) -> Tensor:
+    """The target's logits [k + 1, n_tokens] after the last id and after each of the proposed: tokens [k + 1]."""
     length, first = engine.cache_length(len(tokens)), engine.cached.write(len(tokens))
     input_pos = torch.arange(first, first + len(tokens), device=engine.device)
-    return probabilities(engine.model(tokens, input_pos, length), n_tokens, sampling)
+    return engine.model(tokens, input_pos, length)[:, :n_tokens]
 
 
 def accept(proposed: Tensor, q: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
@@ -243,12 +243,13 @@ def speculate(engine: Engine, draft: Engine, ids: list[int], k: int, sampling: S
     proposed, q = decode(draft, draft.cached.pending(ids), k, n_common, sampling)
     middle = gpu.mark(draft.device), gpu.mark(engine.device)
     proposed = engine.ranks.broadcast(proposed.to(engine.device))
-    p = verify(engine, torch.cat((last, proposed)), n_tokens, sampling)
-    if sampling.temperature == 0:
-        q = F.one_hot(proposed, n_tokens).float()
+    logits = verify(engine, torch.cat((last, proposed)), n_tokens)
+    if sampling.temperature == 0:  # what accept() would do with probabilities of 0 and 1
+        tokens = logits.argmax(-1)
+        n = (proposed == tokens[:-1]).long().cumprod(0).sum(0, keepdim=True)
     else:
         q = F.pad(q.to(engine.device), (0, n_tokens - n_common))
-    tokens, n = accept(proposed, q, p)
+        tokens, n = accept(proposed, q, probabilities(logits, n_tokens, sampling))
     end = gpu.mark(engine.device)
     *accepted, n_accepted = engine.ranks.broadcast(torch.cat((tokens, n))).tolist()
     return Speculated(accepted[: n_accepted + 1], n_accepted, (start, *middle, end))

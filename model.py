@@ -313,9 +313,12 @@ class Transformer(nn.Module):
         self.cross_row = nn.Buffer(torch.zeros(n_cross, dtype=torch.bool, device=device), persistent=False)
         self.cached, self.n_cross = CachedTokens(n_slots), n_cross
 
-    def angles(self, rope_pos: Tensor) -> tuple[Tensor, Tensor]:
-        """rope_table [S, d] of the rotary positions [S, 3]; YaRN's are multiplied by its attention_factor."""
-        cos, sin = rope_table(rope_pos[:, self.rope_axis].float() * self.inv_freq)
+    def angles(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """rope_table [S, d] of rotary positions [S, d/2 or 1], of each frequency or of all.
+
+        YaRN's are multiplied by its attention_factor.
+        """
+        cos, sin = rope_table(positions.float() * self.inv_freq)
         scale = (self.args.rope_scaling or {}).get("attention_factor", 1.0)
         return (cos, sin) if scale == 1.0 else (cos * scale, sin * scale)
 
@@ -324,10 +327,10 @@ class Transformer(nn.Module):
 
         n_slots: the KV-cache length to read, at least all slots in use. None: all of the cache.
         """
-        rope_pos = (input_pos + self.rope_delta)[:, None].expand(-1, 3)
+        positions = (input_pos + self.rope_delta)[:, None]
         sees_image = self.cross_row.any(dim=0, keepdim=True).expand(len(tokens), 1) if self.n_cross else None
         masks = self.step_masks(self.slots, input_pos, self.cross_row, n_slots)
-        step = Step(*self.angles(rope_pos), input_pos, masks[0], masks[1], sees_image)
+        step = Step(*self.angles(positions), input_pos, masks[0], masks[1], sees_image)
         return self.run_layers(self.embedding(tokens), step)
 
     def prefill(self, prompt: Prompt) -> Tensor:
@@ -343,7 +346,13 @@ class Transformer(nn.Module):
                 if isinstance(module, CrossAttention):
                     module.cache_images(prompt.visual.to(x.dtype))
         sees_image = prompt.cross_mask.any(dim=1, keepdim=True) if prompt.cross_mask.shape[1] else None
-        step = Step(*self.angles(prompt.rope_pos), self.slots[: len(prompt)], None, prompt.cross_mask, sees_image)
+        step = Step(
+            *self.angles(prompt.rope_pos[:, self.rope_axis]),
+            self.slots[: len(prompt)],
+            None,
+            prompt.cross_mask,
+            sees_image,
+        )
         return self.run_layers(x, step, last_only=True)
 
     def run_layers(self, x: Tensor, step: Step, last_only: bool = False) -> Tensor:

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import cpu
-from generate import DEFAULT_IMAGE, Sampling, generate, load, verify
+from generate import DEFAULT_IMAGE, generate, load, verify
 from quantize import quantize_in_place
 from scripts.tasks.scenes import held_out_questions
 
@@ -40,7 +40,7 @@ def answers(engine, tokenizer, image, prompt: str, reply: str) -> bool:
     built = engine.build_prompt(encode(tokenizer, prompt), [image])
     engine.reserve(built, len(tokens) + 1)
     first = engine.prefill(built)[:, :n_tokens].argmax().item()
-    rest = verify(engine, torch.tensor(tokens), n_tokens, Sampling()).argmax(-1).tolist()
+    rest = verify(engine, torch.tensor(tokens), n_tokens).argmax(-1).tolist()
     return [first, *rest[:-1]] == tokens and rest[-1] in tokenizer.stop_ids
 
 
