@@ -11,7 +11,7 @@ import re
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from functools import cache, cached_property, partial
@@ -452,20 +452,33 @@ class Tokenizer:
         writes the reply's text unchanged, white space apart.
         """
         render, squeeze = lambda turns: self.template.render(turns, **variables), lambda text: "".join(text.split())
-        placed, last = [], None
+        texts = {place: self._guard(self.decode(ids), mark) for place, ids in replies.items()}
+        where = {part.get("text"): i for i, turn in enumerate(turns) for part in turn["content"]}
+
+        def in_plain(places: Collection[str]) -> list[dict]:
+            """The turns with the text of these replies."""
+            filled = {where[place]: turns[where[place]] | {"content": text_part(texts[place])} for place in places}
+            return [filled.get(i, turn) for i, turn in enumerate(turns)]
+
+        def is_unchanged(whole: str, places: Collection[str]) -> bool:
+            filled = whole
+            for place in places:
+                filled = filled.replace(place, texts[place])
+            return squeeze(filled) == squeeze(render(in_plain(places))) and all(whole.count(p) == 1 for p in places)
+
+        placed, last, whole = [], None, render(turns)
         rest = lambda text: text.rpartition(last)[2] if last else text
+        all_unchanged = bool(texts) and is_unchanged(whole, texts)  # asked once: there may be hundreds of replies
         for place, ids in replies.items():
-            i = next(i for i, turn in enumerate(turns) if turn["content"] == text_part(place))
-            text = self._guard(self.decode(ids), mark)
-            plain = [*turns[:i], turns[i] | {"content": text_part(text)}, *turns[i + 1 :]]
-            whole, prompt = render(turns), render(turns[:i])
-            answered = whole.count(place) == 1 and whole.partition(place)[0].rstrip() == prompt.rstrip()
-            if answered and squeeze(whole.replace(place, text)) == squeeze(render(plain)):
+            prompt = render(turns[: where[place]])
+            answered = whole.partition(place)[0].rstrip() == prompt.rstrip()
+            if answered and (all_unchanged or is_unchanged(whole, [place])):
                 placed.append((rest(prompt), ids))
                 last = place
             else:
-                turns = plain
-        return [*placed, (rest(render(turns)), [])]
+                turns = in_plain([place])
+                whole = render(turns)
+        return [*placed, (rest(whole), [])]
 
     def _read(self, message: dict, where: str) -> list[dict]:
         """The parts of a message, images without their files; of a reply that is put back, one of type "tokens"."""

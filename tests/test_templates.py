@@ -171,6 +171,17 @@ def test_replies_are_put_back_as_they_were(both, name):
         messages += [reply(ids), *chat([("user", "And?")])]
 
 
+def test_many_replies_take_few_renderings(both, monkeypatch):
+    """One for each prompt that was answered, and two: a conversation of hundreds is told in seconds."""
+    ours, _ = both("hub.QWEN")
+    messages, calls, render = [], [], ours.template.render
+    for _ in range(30):
+        messages += [*chat([("user", "And?")]), reply([20, 21])]
+    monkeypatch.setattr(ours.template, "render", lambda *args, **named: calls.append(1) or render(*args, **named))
+    assert ours.encode_chat(messages).count(21) >= 30
+    assert len(calls) == 32
+
+
 @pytest.mark.parametrize("name", ["R1 distill", "QwQ"])
 def test_a_reply_that_the_template_changes_is_put_back_as_text(both, name):
     """What the model was thinking is left out of the next prompt, as transformers leaves it out."""
