@@ -25,7 +25,7 @@ from vision import Encoder, QwenEncoder
 # Pillow's names. No others: its EPS plugin starts Ghostscript on the file, WMF's has Windows draw it, and so on. MPO is
 # JPEG's business, APNG is PNG's, DIB a BMP without its file header.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "AVIF", "JPEG2000", "PPM", "ICO", "TGA")
-STRIP = 256  # rows of a picture that are worked on at a time
+STRIP = 2**20  # pixels of a picture that are worked on at a time, or a row
 STDERR = Lock()  # one decoder at a time has it turned off
 SIZES = ("min_pixels", "max_pixels", "resized_height", "resized_width")  # what a request may say of an image
 
@@ -121,8 +121,9 @@ def in_strips(image: Image.Image, mode: str, change: Callable[[Image.Image], Ima
 
 
 def strips(image: Image.Image) -> Iterator[tuple[int, Image.Image]]:
-    for top in range(0, image.height, STRIP):
-        yield top, image.crop((0, top, image.width, min(top + STRIP, image.height)))
+    n_rows = max(STRIP // max(image.width, 1), 1)
+    for top in range(0, image.height, n_rows):
+        yield top, image.crop((0, top, image.width, min(top + n_rows, image.height)))
 
 
 def put_on_white(image: Image.Image) -> Image.Image:
