@@ -180,6 +180,9 @@ def test_many_replies_take_few_renderings(both, monkeypatch):
     monkeypatch.setattr(ours.template, "render", lambda *args, **named: calls.append(1) or render(*args, **named))
     assert ours.encode_chat(messages).count(21) >= 30
     assert len(calls) == 32
+    calls.clear()
+    ours.encode_chat(messages * 10)
+    assert len(calls) < 30, "the earliest are put back as text"
 
 
 @pytest.mark.parametrize("name", ["R1 distill", "QwQ"])
