@@ -773,6 +773,12 @@ Tensor attend_slabs(Heads q, Heads k, Heads v, const Tensor& mask, int64_t n_hea
     return y;
 }
 
+// Calls run(t) for each of s tokens, whose work is small.
+template <class Function>
+void each_token(int64_t s, Function run) {
+    parallel(s < 16 ? 1 : at::get_num_threads(), s, 8, run);
+}
+
 Tensor take_mask(StableIValue given, int64_t s) {  // [S, T], each row in one piece; or none
     Tensor mask = Tensor::optional(given);
     if (!mask.handle) return mask;
@@ -812,7 +818,7 @@ void self_attention(StableIValue* stack, uint64_t, uint64_t) {
     for (int64_t t = 0; t < s; t++)
         check(mask.handle ? 0 <= slots[t] && slots[t] < room : slots[t] == t, "no such slot in a cache of this size");
     const std::unique_ptr<bfloat16[]> q(new bfloat16[s * n_heads * width]);
-    parallel(s < 16 ? 1 : at::get_num_threads(), s, 8, [&](int64_t t) {
+    each_token(s, [&](int64_t t) {
         const bfloat16* head = x.data<bfloat16>() + t * x.sizes[1];
         const float *c = cos.data<float>() + t * width, *i = sin.data<float>() + t * width;
         const int64_t slot = slots[t] * width;
@@ -827,13 +833,13 @@ void self_attention(StableIValue* stack, uint64_t, uint64_t) {
         attend_slabs(turned, k_cache.heads(), v_cache.heads(), mask, n_heads, groups, s, n_slots, width).release();
 }
 
-// Calls run(x, y, t) for each row t.
+// Calls run(row, result) for each row of x; the results are the rows of a tensor of this width.
 template <class Function>
 Tensor each_row(const Tensor& x, int64_t width, Function run) {
     const int64_t s = x.sizes[0];
     check(x.is_bfloat16(), "rows of another dtype");
     Tensor y = Tensor::empty(s, width, x.dtype);
-    parallel(s < 16 ? 1 : at::get_num_threads(), s, 8, [&](int64_t t) {
+    each_token(s, [&](int64_t t) {
         run(x.data<bfloat16>() + t * x.sizes[1], y.data<bfloat16>() + t * width);
     });
     return y;

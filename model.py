@@ -346,13 +346,8 @@ class Transformer(nn.Module):
                 if isinstance(module, CrossAttention):
                     module.cache_images(prompt.visual.to(x.dtype))
         sees_image = prompt.cross_mask.any(dim=1, keepdim=True) if prompt.cross_mask.shape[1] else None
-        step = Step(
-            *self.angles(prompt.rope_pos[:, self.rope_axis]),
-            self.slots[: len(prompt)],
-            None,
-            prompt.cross_mask,
-            sees_image,
-        )
+        positions = prompt.rope_pos[:, self.rope_axis]
+        step = Step(*self.angles(positions), self.slots[: len(prompt)], None, prompt.cross_mask, sees_image)
         return self.run_layers(x, step, last_only=True)
 
     def run_layers(self, x: Tensor, step: Step, last_only: bool = False) -> Tensor:

@@ -30,7 +30,7 @@ IMAGE_KEYS = ("path", "image", "min_pixels", "max_pixels", "resized_height", "re
 # What a chat template may take of the processor and, where the system can say so, of memory; and what it may write.
 TEMPLATE_SECONDS, TEMPLATE_BYTES, TEMPLATE_CHARACTERS = 0.5, 2**28, 10_000_000
 ONE_AT_A_TIME = threading.RLock()  # the memory is limited for the whole process
-MAX_RENDERED = 5_000  # messages to find out which replies are unchanged: about half a second
+MAX_RENDERED = 7_000  # messages to find out which replies are unchanged: about half a second
 LARGE = 2**4000  # an integer that a template does not multiply
 PROBE, PRIVATE_USE = chr(0xF0000), range(0xF0001, 0xFFFFE)  # code points without a meaning
 NO_PREFIX = b"\x1a\x02\x18\x00"  # normalizer_spec.add_dummy_prefix = false: in a protobuf the last word counts
@@ -421,7 +421,7 @@ class Tokenizer:
         {"type": "text", "text": ...} or {"type": "image", ...}. Nothing in them becomes a special token.
         A reply that the model gave can be put back as [{"type": "tokens", "ids": [...]}], without its stop token: then
         encode_chat(earlier) + ids + the stop token is a prefix of encode_chat(earlier + reply + more), unless the
-        template changes the reply (thoughts are left out), or some seventy follow it: its text is put back. ValueError
+        template changes the reply (thoughts are left out), or some sixty follow it: its text is put back. ValueError
         where the template refuses.
         """
         if not messages:
@@ -452,7 +452,7 @@ class Tokenizer:
 
         A reply's ids are put back where the text in front of it is the prompt that it answered, and where the template
         writes the reply's text unchanged, white space apart. To find that out, the messages in front are rendered: of a
-        conversation of more than about seventy replies the first are put back as text.
+        conversation of more than about sixty replies the first are put back as text.
         """
         render, squeeze = lambda turns: self.template.render(turns, **variables), lambda text: "".join(text.split())
         texts = {place: self._guard(self.decode(ids), mark) for place, ids in replies.items()}
@@ -469,9 +469,8 @@ class Tokenizer:
                 filled = filled.replace(place, texts[place])
             return squeeze(filled) == squeeze(render(in_plain(places))) and all(whole.count(p) == 1 for p in places)
 
-        kept, n_rendered = [*replies], sum(where[place] for place in replies)
-        while n_rendered > MAX_RENDERED:
-            n_rendered -= where[kept.pop(0)]
+        kept = [*replies]
+        del kept[: max(len(kept) - MAX_RENDERED // len(turns), 0)]
         turns = in_plain(replies.keys() - kept)
         placed, last, whole = [], None, render(turns)
         rest = lambda text: text.rpartition(last)[2] if last else text
